@@ -1,0 +1,70 @@
+# The interpreter that .venv is made from: `make venv PYTHON=python3.12`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+# The one rule about versions: on Python 3.11, where constraints.txt was made, exactly those versions are installed;
+# on any later Python the newest ones within the ranges of setup.py.
+CONSTRAIN = $$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
+INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(CONSTRAIN)
+
+PARITY_TESTS := $(wildcard tests/parity/test_*.py)
+SLOW_TESTS := $(shell grep -ls 'mark\.slow' tests/test_*.py)
+
+.PHONY: help venv demo test test-slow test-all test-parity lint bench
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make venv         .venv with everything below but PyTorch (made first by all the others)'
+	@echo 'make demo         the whole chain on 8x8 digits: teacher, student, 32 steps down to 1, pictures; minutes on a CPU'
+	@echo 'make test         the tests, under ten minutes on two cores'
+	@echo 'make test-slow    the slow tests alone'
+	@echo 'make test-all     both'
+	@echo 'make test-parity  the tests that compare with PyTorch; installs it first'
+	@echo 'make lint         ruff'
+	@echo 'make bench        time of sampling and of a train step, beside PyTorch; installs it first'
+
+venv: .venv/installed
+
+.venv/installed: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'guided_distill needs Python 3.11 or later; $(PYTHON) is not: name another, as in make venv PYTHON=python3.12'; exit 1; }
+	@echo 'Installing into .venv: a minute or two, and 1.3 GB'
+	@$(PYTHON) -m venv .venv
+	@$(INSTALL) -e '.[test]'
+	@touch $@
+
+.venv/parity: .venv/installed
+	@echo 'Installing PyTorch into .venv'
+	@$(INSTALL) -e '.[test,parity]'
+	@touch $@
+
+demo: venv
+	$(BIN)/python -m guided_distill.main --config=configs/digits.py --workdir=runs/digits
+
+test: venv
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+ifeq ($(SLOW_TESTS),)
+test-slow:
+	@echo 'no test is marked slow'
+else
+test-slow: venv
+	$(BIN)/python -m pytest -q -m slow $(SLOW_TESTS)
+endif
+
+test-all: test test-slow
+
+ifeq ($(PARITY_TESTS),)
+test-parity:
+	@echo 'tests/parity holds no test yet'
+else
+test-parity: .venv/parity
+	$(BIN)/python -m pytest -q $(PARITY_TESTS)
+endif
+
+lint: venv
+	$(BIN)/ruff check .
+
+bench: .venv/parity
+	$(BIN)/python -m benchmarks.sampling
+	$(BIN)/python -m benchmarks.train_step

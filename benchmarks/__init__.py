@@ -1,0 +1,1 @@
+"""Programs that print measured figures; run as `python -m benchmarks.<name>`."""

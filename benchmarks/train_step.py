@@ -1,0 +1,212 @@
+"""The train step on the CPU: its time beside the same U-Net and step in PyTorch, and its operations beside its parts'.
+
+    python -m benchmarks.train_step             both
+    python -m benchmarks.train_step --flops     operations only, which needs no PyTorch
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+import statistics
+import time
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import digits
+from guided_distill import diffusion, optim, sharding, train
+from guided_distill.experiment import from_config
+from guided_distill.objectives import Knobs
+from guided_distill.pipeline import initial_params, make_stages
+from guided_distill.state import make_state
+
+_ROUNDS, _STEPS = 9, 4  # turns of each side, and timed steps of a turn
+_MOST_TIME, _MOST_FLOPS = 1.5, 1.05  # times PyTorch's time, times the sum of the parts
+
+
+def digits_8x8():
+    """The experiment of `make demo`."""
+    return from_config(digits.get_config().to_dict())
+
+
+def colour_32x32():
+    """A U-Net of CIFAR-10's resolution that two cores can train, with attention at 8x8."""
+    config = digits.get_config()
+    config.data.update(image_size=32, channels=3)
+    config.model.update(emb_channels=128, multipliers=(1, 2, 2), num_blocks=2, attention_resolutions=(8,))
+    config.teacher.batch_size = 32
+    return from_config(config.to_dict())
+
+
+def random_params(experiment, *, w_conditioned=False):
+    """Weights without the zeros of the initialisation, behind which two networks could differ unseen."""
+    rng = np.random.default_rng(0)
+    params = initial_params(experiment, w_conditioned, jax.random.key(0))
+    return jax.tree.map(lambda p: np.asarray(p) + 0.02 * rng.normal(size=p.shape).astype(np.float32), params)
+
+
+def random_batch(experiment, batch_size):
+    """A batch of noise with labels."""
+    rng = np.random.default_rng(1)
+    shape = (batch_size, *experiment.data.image_shape)
+    labels = rng.integers(0, experiment.data.num_classes, batch_size, dtype=np.int32)
+    return {"x": rng.uniform(-1, 1, shape).astype(np.float32), "label": labels}
+
+
+def make_step_arguments(experiment, stage, params, teacher_params):
+    """(train step, its five arguments) of a stage."""
+    mesh = sharding.make_mesh()
+    training = stage.training
+    step_fn = train.make_train_step(stage.objective, stage.model, stage.teacher, training.optimiser, mesh)
+    knobs = Knobs(
+        num_steps=np.int32(stage.num_steps),
+        updates=np.int32(training.updates),
+        peak_lr=np.float32(training.learning_rate),
+        w_min=np.float32(experiment.stage1.w_min),
+        w_max=np.float32(experiment.stage1.w_max),
+        grid=diffusion.make_grid(experiment.schedule, experiment.stage2.teacher_steps),
+    )
+    state = make_state(jax.tree.map(jnp.asarray, params), training.optimiser)
+    frozen = {} if teacher_params is None else {"teacher": teacher_params}
+    arguments = sharding.replicate(mesh, (state, frozen, knobs, jax.random.key(0)))
+    batch = sharding.shard_batch(mesh, random_batch(experiment, training.batch_size))
+    return step_fn, (*arguments[:2], batch, *arguments[2:])
+
+
+def our_turn(experiment, params):
+    """A function of n that makes n denoising updates."""
+    step_fn, (state, *arguments) = make_step_arguments(experiment, make_stages(experiment)[0], params, None)
+
+    def turn(steps):
+        nonlocal state
+        for _ in range(steps):
+            state, metrics = step_fn(state, *arguments)
+            float(metrics["loss"])
+
+    return turn
+
+
+def torch_turn(experiment, params):
+    """The same in PyTorch, after checking that it is the same network."""
+    import torch
+
+    from benchmarks import unet_torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    training, (side, _, channels) = experiment.teacher, experiment.data.image_shape
+    stage = make_stages(experiment)[0]
+    batch = random_batch(experiment, training.batch_size)
+    logsnr = np.linspace(-5.0, 5.0, training.batch_size, dtype=np.float32)
+    config = dataclasses.replace(
+        experiment.model, num_classes=experiment.data.num_classes, out_channels=channels, w_conditioned=False
+    )
+    model = unet_torch.UNet(config, side, channels)
+    unet_torch.load_flax(model, params)
+    model = model.to(memory_format=torch.channels_last)
+    x, label = torch.tensor(batch["x"]).movedim(-1, 1), torch.tensor(batch["label"]).long()
+
+    ours = jax.jit(stage.model.model_fn)(params, batch["x"], logsnr, {"label": batch["label"]})
+    with torch.no_grad():
+        theirs = model(x, torch.tensor(logsnr), label).movedim(1, -1).numpy()
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4)
+
+    step = unet_torch.TrainStep(
+        model,
+        learning_rate=training.learning_rate,
+        cond_dropout=training.cond_dropout,
+        num_classes=config.num_classes,
+        decay=training.ema,
+    )
+
+    def turn(steps):
+        for _ in range(steps):
+            step(x, label)
+
+    return turn
+
+
+def print_times():
+    """Our denoising step beside PyTorch's, in alternating turns."""
+    print(f"denoising step: forward, backward, clipping, Adam, EMA; medians of {_ROUNDS} alternating turns", flush=True)
+    for name, experiment in (("8x8", digits_8x8()), ("32x32", colour_32x32())):
+        params = random_params(experiment)
+        turns = {"ours": our_turn(experiment, params), "PyTorch": torch_turn(experiment, params)}
+        seconds = {who: [] for who in turns}
+        for _ in range(_ROUNDS):
+            for who, turn in turns.items():
+                turn(1)  # the other side's threads may still spin, and its data fill the cache
+                start = time.perf_counter()
+                turn(_STEPS)
+                seconds[who].append((time.perf_counter() - start) / _STEPS)
+        ours, theirs = (1e3 * statistics.median(seconds[who]) for who in turns)
+        best = [1e3 * min(seconds[who]) for who in turns]
+        millions = sum(p.size for p in jax.tree.leaves(params)) / 1e6
+        print(
+            f"{name}, batch {experiment.teacher.batch_size}, {millions:.2f} M parameters: "
+            f"ours {ours:.1f} ms, PyTorch {theirs:.1f} ms, ratio {ours / theirs:.2f} (at most {_MOST_TIME}); "
+            f"fastest turns {best[0]:.1f} and {best[1]:.1f} ms",
+            flush=True,
+        )
+
+
+def flops(function, *arguments):
+    """XLA's count of the operations of a compiled program, with its scans unrolled: it counts a loop's body once."""
+    with mock.patch.object(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True)):
+        return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+
+
+def part_flops(experiment, stage, state, teacher_params, batch):
+    """{part: operations} of the parts that a distillation step cannot do without, each compiled alone."""
+    x, batch_size = batch["x"], batch["x"].shape[0]
+    cond = {"label": batch["label"], "w": jnp.ones(batch_size)}
+    logsnr = jnp.zeros(batch_size)
+
+    def student_loss(params, target):
+        return jnp.mean((stage.model.model_fn(params, x, logsnr, cond) - target) ** 2)
+
+    def update(state, grads):
+        return optim.apply_gradients(stage.training.optimiser, state, grads, 1e-4, stage.training.updates)
+
+    if stage.teacher.w_conditioned:
+        network, inputs, calls = "two teacher forwards of B", (x, logsnr, cond), 2
+    else:
+        network, calls = "one teacher forward of 2B", 1
+        inputs = jax.tree.map(lambda a: jnp.concatenate([a, a]), (x, logsnr, {"label": cond["label"]}))
+    return {
+        network: calls * flops(stage.teacher.model_fn, teacher_params, *inputs),
+        "student's value and gradient": flops(jax.value_and_grad(student_loss), state.params, x),
+        "optimiser": flops(update, state, state.params),
+    }
+
+
+def print_flops():
+    """XLA's own counts of the compiled stage-1 and stage-2 steps beside the sums of their parts."""
+    print("operations by XLA's own count, in MFLOP", flush=True)
+    experiment = digits_8x8()
+    teacher, student = random_params(experiment), random_params(experiment, w_conditioned=True)
+    for stage, teacher_params in zip(make_stages(experiment)[1:3], (teacher, student), strict=True):
+        step_fn, arguments = make_step_arguments(experiment, stage, student, teacher_params)
+        whole = flops(step_fn, *arguments)
+        parts = part_flops(experiment, stage, arguments[0], teacher_params, arguments[2])
+        total = sum(parts.values())
+        listed = " + ".join(f"{name} {count / 1e6:.1f}" for name, count in parts.items())
+        print(
+            f"{stage.name}: step {whole / 1e6:.1f}; {listed} = {total / 1e6:.1f}; "
+            f"ratio {whole / total:.3f} (at most {_MOST_FLOPS})",
+            flush=True,
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--flops", action="store_true", help="only count operations")
+    if not parser.parse_args().flops:
+        print_times()
+    print_flops()
+
+
+if __name__ == "__main__":
+    main()

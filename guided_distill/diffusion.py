@@ -1,0 +1,277 @@
+"""Gaussian diffusion: schedules, parameterisations, the DDIM step and the target that halves its steps.
+
+The theory, in the paper's letters (arXiv 2210.03142, section 2; arXiv 2202.00512, section 2 and appendix D):
+
+ (1) data x, noise eps ~ N(0, I), time t in [0, 1] from clean to noise:  z_t = alpha_t x + sigma_t eps
+ (2) log-SNR lambda_t = log(alpha_t^2 / sigma_t^2), decreasing in t. Variance preserving schedules have
+     alpha^2 = sigmoid(lambda), sigma^2 = sigmoid(-lambda); rectified flow has alpha = 1 - t, sigma = t.
+ (3) v = alpha eps - sigma x, whence with r = alpha^2 + sigma^2:  x = (alpha z - sigma v) / r, eps = (sigma z + alpha v) / r
+ (4) DDIM step t -> s:  z_s = alpha_s x_hat + sigma_s eps_hat
+ (5) Two steps t -> m -> s with predictions x_1 at t and x_2 at m equal the one step t -> s with prediction
+        x_tilde = (z_s - (sigma_s / sigma_t) z_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)             as printed
+                = a x_1 + (1 - a) x_2,   a = (sigma_s / sigma_m) kappa(m|t) / kappa(s|t)                as computed
+     with kappa(b|t) = alpha_b - sigma_b alpha_t / sigma_t = -alpha_b expm1((lambda_t - lambda_b) / 2).
+     The printed form divides by kappa(s|t), which vanishes as the steps get finer; the convex form never does.
+
+Nothing outside a schedule assumes alpha^2 + sigma^2 = 1. The functions take numpy or JAX arrays alike, so that
+tables and oracles can be made in float64 on the host with the formulas that train.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def _namespace(array):
+    return jnp if isinstance(array, jax.Array) else np
+
+
+def expand(coefficient, like):
+    """Shapes a per-example coefficient [B] (or a scalar) to broadcast against `like` [B, *S]."""
+    return coefficient.reshape(coefficient.shape + (1,) * (like.ndim - coefficient.ndim)) if coefficient.ndim else coefficient
+
+
+def _sigmoid(x):
+    xp = _namespace(x)
+    return jax.nn.sigmoid(x) if xp is jnp else 1.0 / (1.0 + np.exp(-np.asarray(x)))
+
+
+class Schedule(Protocol):
+    """A path of noise levels: t in [0, 1] <-> log-SNR, and the (alpha, sigma) that belong to a log-SNR, all of shape [B]."""
+
+    prior_std: float
+
+    def logsnr(self, t): ...
+
+    def t(self, logsnr): ...
+
+    def alpha_sigma(self, logsnr): ...
+
+
+def _variance_preserving(logsnr):
+    xp = _namespace(logsnr)
+    return xp.sqrt(_sigmoid(logsnr)), xp.sqrt(_sigmoid(-logsnr))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine:
+    """Cosine schedule in log-SNR form, clipped at its end points (arXiv 2202.00512, appendix E).
+
+    `shift` is added to the log-SNR: 2 log(64 / side) adapts it to a resolution (arXiv 2301.11093, section 2.1).
+    """
+
+    logsnr_min: float = -20.0
+    logsnr_max: float = 20.0
+    shift: float = 0.0
+    prior_std = 1.0
+
+    def _line(self):
+        b = np.arctan(np.exp(-0.5 * self.logsnr_max))
+        return float(np.arctan(np.exp(-0.5 * self.logsnr_min)) - b), float(b)
+
+    def logsnr(self, t):
+        a, b = self._line()
+        xp = _namespace(t)
+        return -2.0 * xp.log(xp.tan(a * t + b)) + self.shift
+
+    def t(self, logsnr):
+        a, b = self._line()
+        xp = _namespace(logsnr)
+        return (xp.arctan(xp.exp(-0.5 * (logsnr - self.shift))) - b) / a
+
+    def alpha_sigma(self, logsnr):
+        return _variance_preserving(logsnr)
+
+
+@dataclasses.dataclass(frozen=True)
+class RectifiedFlow:
+    """Straight paths, alpha = 1 - t and sigma = t (arXiv 2209.03003), with |log-SNR| <= `logsnr_max` at both ends."""
+
+    logsnr_max: float = 20.0
+    prior_std = 1.0
+
+    def _margin(self):
+        return float(_sigmoid(-0.5 * self.logsnr_max))
+
+    def logsnr(self, t):
+        margin, xp = self._margin(), _namespace(t)
+        sigma = margin + (1.0 - 2.0 * margin) * t
+        return 2.0 * (xp.log1p(-sigma) - xp.log(sigma))
+
+    def t(self, logsnr):
+        margin = self._margin()
+        return (_sigmoid(-0.5 * logsnr) - margin) / (1.0 - 2.0 * margin)
+
+    def alpha_sigma(self, logsnr):
+        return _sigmoid(0.5 * logsnr), _sigmoid(-0.5 * logsnr)
+
+
+@functools.cache
+def _beta_knots(beta_start, beta_end, num_betas):
+    betas = np.linspace(beta_start**0.5, beta_end**0.5, num_betas, dtype=np.float64) ** 2
+    log_alpha_bar = np.cumsum(np.log1p(-betas))
+    logsnr = log_alpha_bar - np.log(-np.expm1(log_alpha_bar))
+    # A clean end that the discrete chain does not have: the samplers' last step lands on t = 0.
+    return np.arange(num_betas + 1) / num_betas, np.concatenate([[20.0], logsnr])
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscreteBetas:
+    """Betas linear in sqrt(beta), as latent diffusion trains with, made continuous in t (arXiv 2112.10752, appendix).
+
+    The log-SNR is interpolated linearly over the knots t_n = (n + 1) / num_betas, plus log-SNR 20 at t = 0, so the
+    network's own time index is num_betas * t - 1.
+    """
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    num_betas: int = 1000
+    prior_std = 1.0
+
+    def logsnr(self, t):
+        xp = _namespace(t)
+        knots_t, knots_logsnr = _beta_knots(self.beta_start, self.beta_end, self.num_betas)
+        return xp.interp(t, xp.asarray(knots_t, t.dtype), xp.asarray(knots_logsnr, t.dtype))
+
+    def t(self, logsnr):
+        xp = _namespace(logsnr)
+        knots_t, knots_logsnr = _beta_knots(self.beta_start, self.beta_end, self.num_betas)
+        return xp.interp(-logsnr, xp.asarray(-knots_logsnr, logsnr.dtype), xp.asarray(knots_t, logsnr.dtype))
+
+    def alpha_sigma(self, logsnr):
+        return _variance_preserving(logsnr)
+
+
+SCHEDULES = {"cosine": Cosine, "rectified_flow": RectifiedFlow, "discrete_betas": DiscreteBetas}
+
+
+def diffuse(x, eps, alpha, sigma):
+    """z_t = alpha_t x + sigma_t eps, (1): a sample of q(z_t | x). x, eps [B, *S]; alpha, sigma [B]."""
+    return expand(alpha, x) * x + expand(sigma, x) * eps
+
+
+class Prediction(NamedTuple):
+    """What a denoiser says of z_t: the clean x_hat and the noise eps_hat that make z_t together, both [B, *S]."""
+
+    x: jax.Array
+    eps: jax.Array
+
+
+def velocity(prediction, alpha, sigma):
+    """v = alpha eps - sigma x, (3), of a prediction or of the truth. No division at any noise level."""
+    return expand(alpha, prediction.x) * prediction.eps - expand(sigma, prediction.x) * prediction.x
+
+
+def _from_x(raw, z, alpha, sigma):
+    return Prediction(raw, (z - alpha * raw) / sigma)
+
+
+def _from_eps(raw, z, alpha, sigma):
+    return Prediction((z - sigma * raw) / alpha, raw)
+
+
+def _from_v(raw, z, alpha, sigma):
+    r = alpha**2 + sigma**2
+    return Prediction((alpha * z - sigma * raw) / r, (sigma * z + alpha * raw) / r)
+
+
+def _from_both(raw, z, alpha, sigma):
+    # x = sigma^2 x' + alpha (z - sigma eps'), multiplied out so that eps needs no division by sigma either.
+    x, eps = _namespace(raw).split(raw, 2, axis=-1)
+    r = alpha**2 + sigma**2
+    return Prediction(
+        (sigma**2 * x + alpha * (z - sigma * eps)) / r, (sigma * (z - alpha * x) + alpha**2 * eps) / r
+    )
+
+
+def _from_flow(raw, z, alpha, sigma):
+    return Prediction((z - sigma * raw) / (alpha + sigma), (z + alpha * raw) / (alpha + sigma))
+
+
+PARAMETERISATIONS = {"x": _from_x, "eps": _from_eps, "v": _from_v, "both": _from_both, "flow": _from_flow}
+
+
+def to_prediction(name, raw, z, alpha, sigma):
+    """Reads a network's raw output [B, *S] ("both": twice the channels) as a Prediction.
+
+    "x", "eps", "v" (3), "both" (x and eps, merged by noise level: arXiv 2202.00512, section 4) and "flow" (eps - x).
+    """
+    return PARAMETERISATIONS[name](raw, z, expand(alpha, z), expand(sigma, z))
+
+
+def clip_prediction(prediction, z, alpha, sigma, bound):
+    """Clips x_hat to [-bound, bound] and makes eps_hat agree with it again. For samplers; targets are never clipped."""
+    x = _namespace(z).clip(prediction.x, -bound, bound)
+    return _from_x(x, z, expand(alpha, z), expand(sigma, z))
+
+
+class Grid(NamedTuple):
+    """(alpha, sigma, logsnr) at t = j / num_intervals, j = 0 .. num_intervals, as float32 tables made in float64."""
+
+    alpha: jax.Array
+    sigma: jax.Array
+    logsnr: jax.Array
+
+    @property
+    def num_intervals(self):
+        return self.alpha.shape[0] - 1
+
+    def at(self, index):
+        """The three values at grid points `index`, of any integer shape."""
+        return Grid(self.alpha[index], self.sigma[index], self.logsnr[index])
+
+
+def make_grid(schedule, num_intervals):
+    """Tabulates a schedule. In float32 the log-SNR alone would lose five digits of its differences at 1024 steps."""
+    logsnr = schedule.logsnr(np.linspace(0.0, 1.0, num_intervals + 1))
+    alpha, sigma = schedule.alpha_sigma(logsnr)
+    return Grid(*(np.asarray(table, np.float32) for table in (alpha, sigma, logsnr)))
+
+
+def ddim_step(prediction, alpha_s, sigma_s):
+    """z_s = alpha_s x_hat + sigma_s eps_hat, (4): from the time of the prediction to the time of (alpha_s, sigma_s)."""
+    return diffuse(prediction.x, prediction.eps, alpha_s, sigma_s)
+
+
+def convex_weight(at_t, at_m, at_s):
+    """a of (5) from three grid points of shape [B] each, t > m > s; 0 where s is t = 0, up to sigma_0."""
+    xp = _namespace(at_t.logsnr)
+
+    def kappa(at_b):
+        return -at_b.alpha * xp.expm1(0.5 * (at_t.logsnr - at_b.logsnr))
+
+    return (at_s.sigma / at_m.sigma) * kappa(at_m) / kappa(at_s)
+
+
+def two_step_target(x_1, x_2, a):
+    """x_tilde = a x_1 + (1 - a) x_2, (5): the prediction at t whose one DDIM step lands where two steps landed."""
+    a = expand(a, x_1)
+    return a * x_1 + (1.0 - a) * x_2
+
+
+_WEIGHTINGS = {
+    "constant": lambda alpha_sq, sigma_sq: sigma_sq,
+    "snr": lambda alpha_sq, sigma_sq: alpha_sq,
+    "snr_trunc": lambda alpha_sq, sigma_sq: _namespace(alpha_sq).maximum(alpha_sq, sigma_sq),
+    "v_mse": lambda alpha_sq, sigma_sq: alpha_sq + sigma_sq,
+}
+WEIGHTINGS = tuple(_WEIGHTINGS)
+
+
+def loss_weight_x(name, alpha, sigma):
+    """omega [B] that multiplies the mean squared error of x (arXiv 2202.00512, section 4): snr_trunc is max(SNR, 1)."""
+    return _WEIGHTINGS[name](alpha**2, sigma**2) / sigma**2
+
+
+def loss_weight_v(name, alpha, sigma):
+    """The same omega [B] for the mean squared error of v, by xMSE = sigma^2 / r^2 vMSE. Finite at both ends."""
+    return _WEIGHTINGS[name](alpha**2, sigma**2) / (alpha**2 + sigma**2) ** 2
+
+
+def mean_square(x):
+    """Mean over everything but the batch: [B, *S] -> [B], in float32 or better."""
+    return (x**2).reshape(x.shape[0], -1).mean(-1)

@@ -1,0 +1,238 @@
+"""The surface of quality over (model, steps, w): rows of summary.json, a table, a picture."""
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from guided_distill import evaluators, pictures
+from guided_distill.data import read_range
+from guided_distill.files import write_whole
+from guided_distill.models import classifier
+from guided_distill.samplers import sample_images
+
+_SHOWN = 10  # images in a row of the picture
+_ROW_KEY = ("stage", "num_steps", "w")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One model at one of the numbers of steps it is measured at; `reference` marks the teacher's own best."""
+
+    stage: Any
+    num_steps: int
+    reference: bool = False
+
+    @property
+    def is_teacher(self):
+        """Whether guidance is made from two evaluations."""
+        return not self.stage.model.w_conditioned
+
+    @property
+    def calls(self):
+        """Network evaluations per image."""
+        return self.stage.model.calls_per_step * self.num_steps
+
+    @property
+    def label(self):
+        """How the picture and the progress call it."""
+        if self.is_teacher:
+            return f"teacher {self.num_steps}x2 ({self.calls} calls)"
+        kind = "stage 1" if self.stage.name == "stage1" else "student"
+        return f"{kind} {self.num_steps} ({self.calls} call{'s' * (self.calls > 1)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What samples are measured with: the classifier, and the statistics of its features over the training set."""
+
+    params: Any
+    reference: evaluators.GaussianStats
+    noise_floor: float
+    test_accuracy: float
+
+
+def make_entries(experiment, stages):
+    """The reference teacher first: everything after it is compared with its images."""
+    by_name = {stage.name: stage for stage in stages}
+    num_steps = sorted(experiment.evaluate.num_steps, reverse=True)
+    return [
+        Entry(by_name["teacher"], experiment.stage2.teacher_steps, reference=True),
+        *(Entry(by_name["teacher"], n) for n in num_steps),
+        *(Entry(by_name["stage1"], n) for n in num_steps),
+        *(Entry(by_name[f"stage2_det_{n:04d}"], n) for n in num_steps),
+    ]
+
+
+def work(experiment, stages):
+    """What `evaluate` costs, in forward passes of one image."""
+    calls = sum(entry.calls for entry in make_entries(experiment, stages))
+    return experiment.evaluate.num_samples * len(experiment.evaluate.w) * calls
+
+
+def evaluate(run, progress):
+    """Measures every model of a finished run; returns the summary, which is also written with a table and a picture.
+
+    Rows that an earlier, interrupted evaluation with the same settings wrote are kept.
+    """
+    config = run.experiment.evaluate
+    entries = make_entries(run.experiment, run.stages)
+    kept = _kept_rows(run)
+    total = len(entries) * len(config.w)
+    if len(kept) == total and (run.workdir / "comparison.png").exists():
+        progress.skip(work(run.experiment, run.stages))
+        summary = json.loads((run.workdir / "summary.json").read_text())
+        progress.say_table(_table(summary))
+        return summary
+
+    progress.say("training the classifier that measures")
+    measure = _make_measure(run)
+    summary = {
+        "rows": [],
+        "noise_floor": measure.noise_floor,
+        "classifier_test_accuracy": measure.test_accuracy,
+        "evaluate": dataclasses.asdict(config),
+        "environment": _environment(),
+    }
+    reference, shown, loaded, warm = {}, {}, (None, None), set()
+    for entry in entries:
+        if loaded[0] is not entry.stage:
+            loaded = (entry.stage, run.params_of(entry.stage))
+        for w in config.w:
+            row = kept.get((entry.stage.name, entry.num_steps, w))
+            # The reference's images are needed again even where its row is there; of the others the picture shows a few.
+            num = config.num_samples if row is None or entry.reference else min(_SHOWN, config.num_samples)
+            if entry.stage.model not in warm:
+                _samples(run, entry, loaded[1], w, num=1, num_steps=1)
+                warm.add(entry.stage.model)
+            samples = _samples(run, entry, loaded[1], w, num=num, num_steps=entry.num_steps)
+            if entry.reference:
+                # Half precision holds an image to 1e-3 of its range, and 50,000 of them in memory.
+                reference[w] = samples["x"].astype(np.float16)
+            shown[entry, w] = samples["x"][:_SHOWN]
+            row = row or _row(run, entry, w, samples, _measure_samples(measure, samples, reference[w]))
+            summary["rows"].append(row)
+            if run.is_main:
+                write_whole(run.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
+            progress.advance(config.num_samples * entry.calls, f"evaluating {entry.label}", f"w {w:g}")
+    if run.is_main:
+        pictures.save_png(run.workdir / "comparison.png", _comparison(run.experiment, entries, shown))
+        progress.say_table(_table(summary))
+    return summary
+
+
+def _kept_rows(run):
+    """Rows of an earlier evaluation with the same settings, by (stage, num_steps, w)."""
+    path = run.workdir / "summary.json"
+    if not path.exists():
+        return {}
+    summary = json.loads(path.read_text())
+    if summary.get("evaluate") != json.loads(json.dumps(dataclasses.asdict(run.experiment.evaluate))):
+        return {}
+    return {tuple(row[key] for key in _ROW_KEY): row for row in summary["rows"]}
+
+
+def _make_measure(run):
+    config, dataset = run.experiment.evaluate, run.dataset
+    train, test = (read_range(source, 0, len(source)) for source in (dataset.train, dataset.test))
+    params = classifier.train_classifier(
+        train["x"], train["label"], dataset.num_classes,
+        seed=config.seed, updates=config.classifier_updates,
+    )
+    features = _features_and_logits(params, train["x"])[0]
+    return Measure(
+        params=params,
+        reference=evaluators.gaussian_stats(features),
+        noise_floor=evaluators.noise_floor(features, seed=config.seed),
+        test_accuracy=classifier.accuracy(params, test["x"], test["label"]),
+    )
+
+
+def _features_and_logits(params, x, batch_size=500):
+    outputs = []
+    for start in range(0, len(x), batch_size):
+        rows = x[start : start + batch_size]
+        # Padded, so that every batch is the same program.
+        padded = np.concatenate([rows, np.zeros((batch_size - len(rows), *x.shape[1:]), x.dtype)])
+        outputs.append([np.asarray(values)[: len(rows)] for values in classifier.features_and_logits(params, padded)])
+    return [np.concatenate(values) for values in zip(*outputs, strict=True)]
+
+
+def _samples(run, entry, params, w, *, num, num_steps):
+    """Images 0 .. num - 1 of the evaluation's seed, their labels, and the seconds an image took."""
+    config, grid = run.experiment.evaluate, run.grid
+    start = time.perf_counter()
+    batches = list(
+        sample_images(
+            entry.stage.model, params, grid, run.mesh,
+            seed=config.seed, num=num, w=w, num_steps=num_steps, batch_size=config.batch_size,
+        )
+    )
+    seconds = (time.perf_counter() - start) / (len(batches) * config.batch_size)
+    _, label, x = (np.concatenate(values) for values in zip(*batches, strict=True))
+    return {"x": x, "label": label, "seconds_per_image": seconds}
+
+
+def _measure_samples(measure, samples, reference):
+    features, logits = _features_and_logits(measure.params, samples["x"])
+    stats = evaluators.collect(features, logits, samples["label"], samples["x"], reference)
+    return evaluators.finish(stats, measure.reference)
+
+
+def _row(run, entry, w, samples, values):
+    checkpoint = run.checkpoint_of(entry.stage)
+    return {
+        "stage": entry.stage.name,
+        "model": "teacher" if entry.is_teacher else "student",
+        "sampler": "deterministic",
+        "num_steps": entry.num_steps,
+        "nfe": entry.calls,
+        "w": w,
+        "seconds_per_image": samples["seconds_per_image"],
+        "metrics": values,
+        "num_samples": len(samples["x"]),
+        "feature_network": f"classifier (64 features) trained on {run.experiment.data.name}",
+        "reference": f"{run.experiment.data.name}/{run.experiment.data.train_split} ({len(run.dataset.train)} images)",
+        "checkpoint": str(checkpoint),
+    }
+
+
+def _environment():
+    return {
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "host_cores": os.cpu_count(),
+    }
+
+
+def _comparison(experiment, entries, shown):
+    """Per w, from the same noise: the reference, and for each N the teacher's own N steps above the student's."""
+    few = sorted({entry.num_steps for entry in entries if not entry.reference}, reverse=True)
+    order = {n: position for position, n in enumerate(few)}
+    drawn = [entry for entry in entries if entry.stage.name != "stage1"]
+    drawn.sort(key=lambda entry: (not entry.reference, order.get(entry.num_steps, -1), not entry.is_teacher))
+    groups = [(f"w = {w:g}", [(entry.label, shown[entry, w]) for entry in drawn]) for w in experiment.evaluate.w]
+    return pictures.comparison(groups, f"{experiment.data.name}: the same noise and label down each column")
+
+
+def _table(summary):
+    """The rows of a summary for the terminal."""
+    table = Table(title=f"frechet_classifier of real halves (noise floor): {summary['noise_floor']:.3g}")
+    for name in ("model", "steps", "calls", "w", "frechet", "score", "label agr.", "dist. to ref.", "ms/image"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for row in summary["rows"]:
+        values = row["metrics"]
+        table.add_row(
+            row["stage"], str(row["num_steps"]), str(row["nfe"]), f"{row['w']:g}",
+            f"{values['frechet_classifier']:.3f}", f"{values['score_classifier']:.2f}",
+            f"{100 * values['label_agreement']:.1f}%", f"{values['distance_to_reference']:.4f}",
+            f"{1000 * row['seconds_per_image']:.2f}",
+        )
+    return table

@@ -1,0 +1,199 @@
+"""An experiment as typed, frozen values: what a config file says, checked key by key."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+
+from guided_distill import diffusion
+from guided_distill.checkpoint import CheckpointConfig
+from guided_distill.data import DataConfig
+from guided_distill.errors import UserError
+from guided_distill.models import BACKBONES
+from guided_distill.optim import OptimiserConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Length, batch and optimiser of a stage."""
+
+    updates: int
+    batch_size: int
+    learning_rate: float
+    warmup: int = 0
+    decay: str = "constant"
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema: float = 0.0
+
+    @property
+    def optimiser(self):
+        """The optimiser's static part."""
+        return OptimiserConfig(self.warmup, self.decay, self.weight_decay, self.clip_norm, self.ema)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherConfig(Training):
+    """The teacher: trained here, or taken from `checkpoint` (a workdir or stage directory of an earlier run)."""
+
+    checkpoint: str | None = None
+    cond_dropout: float = 0.1
+    num_times: int | None = None  # None: continuous time
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage1Config(Training):
+    """Stage one; w ~ U[w_min, w_max] here and in stage two."""
+
+    w_min: float = 0.0
+    w_max: float = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage2Config(Training):
+    """Stage two: `teacher_steps` DDIM steps of the stage-one model are halved until one is left.
+
+    Rounds whose student takes a number of steps listed in `final_num_steps` train for `final_updates`.
+    """
+
+    teacher_steps: int = 1024
+    final_num_steps: tuple[int, ...] = (1, 2, 4)
+    final_updates: int = 100_000
+
+    def updates_of(self, num_steps):
+        """Updates of the round whose student takes `num_steps`."""
+        return self.final_updates if num_steps in self.final_num_steps else self.updates
+
+    def rounds(self):
+        """The students' numbers of steps, in the order of training: teacher_steps / 2, ..., 2, 1."""
+        steps = [self.teacher_steps // 2]
+        while steps[-1] > 1:
+            steps.append(steps[-1] // 2)
+        return steps
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """The surface that is measured: the models at each of `num_steps`, the reference teacher, over `w`."""
+
+    num_samples: int
+    batch_size: int
+    w: tuple[float, ...]
+    num_steps: tuple[int, ...]
+    classifier_updates: int
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """Updates between lines of metrics, and between grids of samples (0: none)."""
+
+    every: int = 50
+    sample_every: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything a run is made of. Only `evaluate`, `log` and `checkpoint` leave the trained weights as they are."""
+
+    seed: int
+    data: DataConfig
+    backbone: str
+    model: typing.Any  # the backbone's own config
+    schedule: typing.Any
+    parameterisation: str
+    weighting: str
+    teacher: TeacherConfig
+    stage1: Stage1Config
+    stage2: Stage2Config
+    evaluate: EvaluateConfig
+    log: LogConfig
+    checkpoint: CheckpointConfig
+
+
+_FREE_KEYS = ("evaluate", "log", "checkpoint")
+
+
+def from_config(config):
+    """An Experiment from nested mappings. Raises UserError that names the key, its value and what would be right."""
+    config = dict(config)
+    backbone = _choice(config, "model", BACKBONES)
+    config["model"] = _build(BACKBONES[backbone][1], config["model"], "config.model", leave_out=("name",))
+    schedule = _choice(config, "schedule", diffusion.SCHEDULES)
+    schedule_class = diffusion.SCHEDULES[schedule]
+    config["schedule"] = _build(schedule_class, config["schedule"], "config.schedule", leave_out=("name",))
+    experiment = _build(Experiment, {**config, "backbone": backbone}, "config")
+    _check(experiment)
+    return experiment
+
+
+def _choice(config, key, choices):
+    name = config.get(key, {}).get("name")
+    if name not in choices:
+        raise UserError(f"config.{key}.name is {name!r}; it must be one of {', '.join(choices)}")
+    return name
+
+
+def _build(cls, values, path, leave_out=()):
+    """A dataclass from a mapping, nested ones included, with every value of the annotated type."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path} is {values!r}; it must be a group of keys")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values = {key: value for key, value in values.items() if key not in leave_out}
+    for key in values.keys() - fields.keys():
+        raise UserError(f"{path}.{key}: no such key; there are {', '.join(sorted(fields))}")
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise UserError(f"{path}.{name} is missing")
+    return cls(**{key: _convert(hints[key], value, f"{path}.{key}") for key, value in values.items()})
+
+
+def _convert(hint, value, path):
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is typing.Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, path)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _convert(arguments[0], value, path)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{path} is {value!r}; it must be a list")
+        return tuple(_convert(arguments[0], item, path) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{path} is {value!r}; it must be of type {hint.__name__}")
+    return value
+
+
+def _check(experiment):
+    """Raises UserError for values that fit their type and make no sense."""
+    for key, choices in (("parameterisation", diffusion.PARAMETERISATIONS), ("weighting", diffusion.WEIGHTINGS)):
+        if getattr(experiment, key) not in choices:
+            raise UserError(f"config.{key} is {getattr(experiment, key)!r}; it must be one of {', '.join(choices)}")
+    teacher_steps = experiment.stage2.teacher_steps
+    if teacher_steps < 2 or teacher_steps & (teacher_steps - 1):
+        raise UserError(f"config.stage2.teacher_steps is {teacher_steps}; it must be a power of 2, at least 2")
+    stage1 = experiment.stage1
+    if not 0.0 <= stage1.w_min <= stage1.w_max:
+        raise UserError(f"config.stage1: w_min {stage1.w_min} and w_max {stage1.w_max} must be 0 <= w_min <= w_max")
+    for w in experiment.evaluate.w:
+        if not stage1.w_min <= w <= stage1.w_max:
+            raise UserError(f"config.evaluate.w holds {w}, outside the trained range [{stage1.w_min}, {stage1.w_max}]")
+    for num_steps in experiment.evaluate.num_steps:
+        if num_steps not in experiment.stage2.rounds():
+            trained = ", ".join(map(str, experiment.stage2.rounds()))
+            raise UserError(f"config.evaluate.num_steps holds {num_steps}; students are trained for {trained}")
+
+
+def differing_keys(ours, theirs, path="config"):
+    """Keys that change trained weights and differ between two configs, as "key: theirs -> ours", sorted."""
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        keys = (ours.keys() | theirs.keys()) - (set(_FREE_KEYS) if path == "config" else set())
+        lines = (differing_keys(ours.get(key), theirs.get(key), f"{path}.{key}") for key in sorted(keys))
+        return [line for group in lines for line in group]
+    # A config that went through JSON has lists for tuples.
+    same = list(ours) == list(theirs) if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple) else ours == theirs
+    return [] if same else [f"{path}: {theirs!r} -> {ours!r}"]

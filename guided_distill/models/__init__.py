@@ -1,0 +1,20 @@
+"""Networks. A backbone is a Linen module called as module(z, logsnr, label, w, train=...); see `make_model_fn`."""
+
+from guided_distill.models.unet import UNet, UNetConfig
+
+# name in the config -> (module, its frozen config)
+BACKBONES = {"unet": (UNet, UNetConfig)}
+
+
+def make_model_fn(module):
+    """ModelFn (params, z [B, *S], logsnr [B], cond, *, dropout_key=None) -> raw [B, *S] of a backbone, nothing bound.
+
+    Without a `dropout_key` the network is in evaluation mode.
+    """
+
+    def model_fn(params, z, logsnr, cond, *, dropout_key=None):
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
+        train = dropout_key is not None
+        return module.apply({"params": params}, z, logsnr, cond.get("label"), cond.get("w"), train=train, rngs=rngs)
+
+    return model_fn

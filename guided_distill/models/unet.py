@@ -1,0 +1,180 @@
+"""The pixel U-Net of arXiv 2202.00512 with the w input of arXiv 2210.03142, in Flax Linen, NHWC.
+
+Counted in `tests/test_unet.py`: 60,004,099 parameters for the unconditional CIFAR-10 network and 295,900,035 for
+ImageNet 64, before the branch that takes w.
+"""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from guided_distill.models.conv import conv_general_dilated
+from guided_distill.models.embeddings import noise_level, sinusoid
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """Hyper-parameters of the pixel U-Net; the defaults are the published CIFAR-10 network (arXiv 2202.00512)."""
+
+    channels: int = 256
+    emb_channels: int = 1024
+    multipliers: tuple[int, ...] = (1, 1, 1)
+    num_blocks: int = 3
+    attention_resolutions: tuple[int, ...] = (8, 16)  # sides of the feature maps, after patching
+    head_dim: int | None = None  # None: one head
+    norm_groups: int = 32
+    dropout: float = 0.2
+    num_classes: int = 10  # 0: no label input. Label num_classes means "no condition".
+    out_channels: int = 3  # "both" needs twice the image's
+    patch: int = 1  # space-to-depth factor: the network runs at side / patch
+    w_conditioned: bool = False
+    dtype: str = "float32"  # of the computation; parameters stay float32
+    remat: bool = False  # recompute each block in the backward pass
+
+
+def _conv(features, dtype, *, kernel=3, zero_init=False, name=None):
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        dtype=dtype,
+        kernel_init=nn.initializers.zeros if zero_init else nn.initializers.lecun_normal(),
+        conv_general_dilated=conv_general_dilated,
+        name=name,
+    )
+
+
+def _upsample(h):
+    b, height, width, c = h.shape
+    h = jnp.broadcast_to(h[:, :, None, :, None, :], (b, height, 2, width, 2, c))
+    return h.reshape(b, 2 * height, 2 * width, c)
+
+
+def _downsample(h):
+    b, height, width, c = h.shape
+    return h.reshape(b, height // 2, 2, width // 2, 2, c).mean((2, 4))
+
+
+_RESAMPLE = {"none": lambda h: h, "up": _upsample, "down": _downsample}
+
+
+class ResnetBlock(nn.Module):
+    """GroupNorm, swish, resample, conv, conditioned GroupNorm, swish, dropout, zero conv; plus the skip."""
+
+    config: UNetConfig
+    features: int
+    resample: str = "none"
+
+    @nn.compact
+    def __call__(self, x, emb, train):
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        norm = functools.partial(nn.GroupNorm, config.norm_groups, dtype=dtype)
+        resample = _RESAMPLE[self.resample]
+        h = resample(nn.swish(norm(name="norm1")(x)))
+        x = resample(x)
+        h = _conv(self.features, dtype, name="conv1")(h)
+        scale, shift = jnp.split(nn.Dense(2 * self.features, dtype=dtype, name="emb")(nn.swish(emb)), 2, axis=-1)
+        h = norm(name="norm2")(h) * (1.0 + scale[:, None, None]) + shift[:, None, None]
+        h = nn.Dropout(config.dropout, deterministic=not train)(nn.swish(h))
+        h = _conv(self.features, dtype, zero_init=True, name="conv2")(h)
+        if x.shape[-1] != self.features:
+            x = nn.Dense(self.features, dtype=dtype, name="skip")(x)
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions: GroupNorm, q/k/v, softmax, zero projection, residual."""
+
+    config: UNetConfig
+
+    @nn.compact
+    def __call__(self, x):
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        b, height, width, c = x.shape
+        head_dim = config.head_dim or c
+        h = nn.GroupNorm(config.norm_groups, dtype=dtype, name="norm")(x).reshape(b, height * width, c)
+        q, k, v = (
+            nn.Dense(c, dtype=dtype, name=name)(h).reshape(b, height * width, c // head_dim, head_dim) for name in "qkv"
+        )
+        h = jax.nn.dot_product_attention(q, k, v).reshape(b, height, width, c)
+        return x + nn.Dense(c, dtype=dtype, kernel_init=nn.initializers.zeros, name="out")(h)
+
+
+class Embedding(nn.Module):
+    """One vector per example from log-SNR, label and, in a student, w (arXiv 2210.03142, section 3.1).
+
+    The w branch ends in zeros: a student made from its teacher equals the teacher's conditional model for every w.
+    """
+
+    config: UNetConfig
+
+    @nn.compact
+    def __call__(self, logsnr, label, w):
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        dense = functools.partial(nn.Dense, config.emb_channels, dtype=dtype)
+        emb = sinusoid(1000.0 * noise_level(logsnr), config.channels)
+        emb = dense(name="time2")(nn.swish(dense(name="time1")(emb)))
+        if config.num_classes:
+            emb = emb + dense(name="label")(jax.nn.one_hot(label, config.num_classes))
+        if config.w_conditioned:
+            branch = nn.swish(dense(name="w1")(sinusoid(1000.0 * w, config.channels)))
+            emb = emb + dense(kernel_init=nn.initializers.zeros, name="w2")(branch)
+        return emb
+
+
+class UNet(nn.Module):
+    """The U-Net: z [B, H, W, C], logsnr [B], label i32 [B] or None, w [B] or None -> [B, H, W, out_channels] float32."""
+
+    config: UNetConfig
+
+    @nn.compact
+    def __call__(self, z, logsnr, label, w, *, train=False):
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        remat = functools.partial(nn.remat, static_argnums=(3,)) if config.remat else lambda module: module
+        block, attention = remat(ResnetBlock), nn.remat(AttentionBlock) if config.remat else AttentionBlock
+        emb = Embedding(config, name="embedding")(logsnr, label, w)
+
+        def resnet(h, name, features, resample="none"):
+            return block(config, features, resample, name=name)(h, emb, train)
+
+        def attend(h, name):
+            return attention(config, name=name)(h) if h.shape[1] in config.attention_resolutions else h
+
+        h = _conv(config.channels, dtype, name="conv_in")(_space_to_depth(z, config.patch).astype(dtype))
+        skips, levels = [h], [config.channels * m for m in config.multipliers]
+        for level, features in enumerate(levels):
+            for i in range(config.num_blocks):
+                h = attend(resnet(h, f"down_{level}_{i}", features), f"down_{level}_{i}_attention")
+                skips.append(h)
+            if level != len(levels) - 1:
+                h = resnet(h, f"down_{level}_resample", features, "down")
+                skips.append(h)
+
+        h = resnet(h, "mid_0", levels[-1])
+        h = attention(config, name="mid_attention")(h)
+        h = resnet(h, "mid_1", levels[-1])
+
+        for level, features in reversed(list(enumerate(levels))):
+            for i in range(config.num_blocks + 1):
+                h = resnet(jnp.concatenate([h, skips.pop()], axis=-1), f"up_{level}_{i}", features)
+                h = attend(h, f"up_{level}_{i}_attention")
+            if level:
+                h = resnet(h, f"up_{level}_resample", features, "up")
+
+        h = nn.swish(nn.GroupNorm(config.norm_groups, dtype=dtype, name="norm_out")(h))
+        h = _conv(config.out_channels * config.patch**2, dtype, zero_init=True, name="conv_out")(h)
+        return _depth_to_space(h, config.patch).astype(jnp.float32)
+
+
+def _space_to_depth(x, patch):
+    b, height, width, c = x.shape
+    x = x.reshape(b, height // patch, patch, width // patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, height // patch, width // patch, patch * patch * c)
+
+
+def _depth_to_space(x, patch):
+    b, height, width, c = x.shape
+    x = x.reshape(b, height, width, patch, patch, c // patch**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, height * patch, width * patch, c // patch**2)

@@ -1,0 +1,33 @@
+"""What is learnt, one file each.
+
+An Objective is made by a factory with its static options and called as
+
+    objective(apply, schedule, batch, knobs, keys [B]) -> (loss [B], {name: [B]})
+
+`apply` holds denoisers ("student", and where there is one the frozen "teacher"), `batch` is {"x": [B, *S], and the
+fields of cond}, `knobs` what may change between rounds without recompiling.
+"""
+
+import dataclasses
+
+import jax
+
+from guided_distill import diffusion
+from guided_distill.objectives.denoise import make_denoise
+from guided_distill.objectives.stage1 import make_stage1
+from guided_distill.objectives.stage2 import make_stage2
+
+OBJECTIVES = {"denoise": make_denoise, "stage1": make_stage1, "stage2": make_stage2}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Knobs:
+    """Traced numbers of a stage: rounds of any N, length and learning rate share one compiled step."""
+
+    num_steps: jax.Array  # N of the student that is being trained
+    updates: jax.Array  # the horizon of the learning rate
+    peak_lr: jax.Array
+    w_min: jax.Array
+    w_max: jax.Array
+    grid: diffusion.Grid  # 2 * (the largest N) intervals

@@ -1,0 +1,64 @@
+"""The optimiser: learning-rate schedules, Adam with clipping, the moving average, and the guard against non-finite steps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from guided_distill.errors import UserError
+
+DECAYS = ("constant", "linear")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimiserConfig:
+    """Adam as in arXiv 2202.00512, appendix E. The peak learning rate and its horizon are knobs of the step, not here."""
+
+    warmup: int = 0  # updates of linear warm-up
+    decay: str = "constant"  # or "linear": to zero at the last update
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # of the gradient of the mean over the global batch
+    ema: float = 0.0  # decay of the moving average of parameters; 0 keeps none
+
+    def __post_init__(self):
+        if self.decay not in DECAYS:
+            raise UserError(f"decay is {self.decay!r}; it must be one of {', '.join(DECAYS)}")
+
+
+def learning_rate(config, step, peak_lr, updates):
+    """The rate of update `step` (0-based): linear warm-up, then constant or a straight line to zero at `updates`."""
+    rate = peak_lr * jnp.minimum(1.0, (step + 1) / max(config.warmup, 1))
+    return rate * (1.0 - step / updates) if config.decay == "linear" else rate
+
+
+def make_optimiser(config):
+    """The optax chain without its learning rate, which is applied by `apply_gradients`."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
+        optax.add_decayed_weights(config.weight_decay),
+    )
+
+
+def apply_gradients(config, state, grads, peak_lr, updates):
+    """One update of a TrainState: (new state, {lr, grad_norm, skipped}).
+
+    A gradient that is not finite changes nothing but the step and the count of skipped updates in a row.
+    """
+    rate = learning_rate(config, state.step, peak_lr, updates)
+    grad_norm = optax.global_norm(grads)
+    directions, opt_state = make_optimiser(config).update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, d: p - rate * d, state.params, directions)
+    ema = state.ema
+    if config.ema:
+        # A short run would otherwise average mostly its initialisation.
+        decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))
+        ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)
+
+    finite = jnp.isfinite(grad_norm)
+    fresh = state.replace(params=params, ema=ema, opt_state=opt_state, skipped=jnp.zeros_like(state.skipped))
+    stale = state.replace(skipped=state.skipped + 1)
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), fresh, stale)
+    metrics = {"learning_rate": rate, "grad_norm": grad_norm, "skipped": state.skipped}
+    return state.replace(step=state.step + 1), metrics

@@ -1,0 +1,112 @@
+"""The training step and the only training loop in the house: init -> restore -> loop."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from guided_distill import guidance, optim, sharding
+from guided_distill.errors import UserError
+
+_log = logging.getLogger(__name__)
+_MAX_SKIPPED = 20  # non-finite updates in a row before a run is given up: more than a spike, and far from an epoch
+
+
+def example_keys(key, step, batch_size):
+    """Keys [B], functions of (stage key, step, index in the global batch) and of nothing else."""
+    return jax.vmap(lambda index: jax.random.fold_in(jax.random.fold_in(key, step), index))(jnp.arange(batch_size))
+
+
+@functools.cache
+def make_train_step(objective, student, teacher, optimiser, mesh):
+    """(state, frozen, batch, knobs, key) -> (state, {name: scalar}), jitted; donates the state.
+
+    `student` and `teacher` (or None) are `Teacher.static()`; frozen = {"teacher": weights}, an argument so that the
+    program does not contain them. The same arguments give the same compiled step.
+    """
+
+    def train_step(state, frozen, batch, knobs, key):
+        keys = example_keys(key, state.step, batch["x"].shape[0])
+        apply = {} if teacher is None else {"teacher": teacher.denoiser(frozen["teacher"])}
+
+        def mean_loss(params):
+            network = guidance.make_denoiser(student.model_fn, params, student.schedule, student.parameterisation)
+            losses, named = objective({**apply, "student": network}, student.schedule, batch, knobs, keys)
+            return losses.mean(), {name: values.mean() for name, values in named.items()}
+
+        (loss, named), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        state, optimisation = optim.apply_gradients(optimiser, state, grads, knobs.peak_lr, knobs.updates)
+        return state, {"loss": loss, **named, **optimisation, "param_norm": optax.global_norm(state.params)}
+
+    whole = sharding.replicated(mesh)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole))
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What the loop of one stage needs besides the step; callables so that it knows no pipeline and no evaluator."""
+
+    name: str
+    updates: int
+    batch_size: int
+    checkpoint_every: int
+    log_every: int
+    sample_every: int  # 0: never
+    sample: Callable[[Any, int], None]  # (state, step): a look at the student on the way
+    on_step: Callable[[int, str], None]  # (step, note): progress
+
+
+def fit(loop, step_fn, state, frozen, batches, knobs, key, *, mesh, checkpoints, make_writer, rate):
+    """Trains to `loop.updates`, going on from the newest checkpoint; returns the final TrainState, saved.
+
+    `batches` yields this process's rows; `make_writer(restored_step)` opens the metrics. Raises UserError when
+    updates stay non-finite, with the last good state kept.
+    """
+    restored = checkpoints.restore_newest(state)
+    if restored is not None:
+        state, iterator_state = restored
+        batches.set_state(iterator_state)
+    start, saved, pending = int(state.step), None, None
+    with make_writer(start) as writer:
+        # evaluate -> save -> next(batch) -> step -> write the metrics of the step before. A state is saved before the
+        # batch that follows it is drawn, so a resumed run draws that very batch; and reading a step's metrics after
+        # the next one has been dispatched never makes the device wait.
+        for step in range(start, loop.updates + 1):
+            done = step == loop.updates
+            if loop.sample_every and (done or step % loop.sample_every == 0) and step != start:
+                loop.sample(writer, state, step)
+            if (done or step % loop.checkpoint_every == 0) and step not in (saved, checkpoints.latest_step()):
+                checkpoints.save(step, state, batches.get_state())
+                saved = step
+            metrics = None
+            if not done:
+                batch = sharding.shard_batch(mesh, next(batches))
+                state, metrics = step_fn(state, frozen, batch, knobs, key)
+            if pending is not None:
+                _report(loop, writer, rate, step, pending)
+            pending = metrics
+    return state
+
+
+def _report(loop, writer, rate, step, metrics):
+    """Writes and shows the metrics of update number `step`; gives up when too many updates in a row were skipped."""
+    if step % loop.log_every and step != loop.updates:
+        return
+    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    if metrics["skipped"] >= _MAX_SKIPPED:
+        raise UserError(
+            f"stage {loop.name}, update {step}: the last {metrics['skipped']:.0f} gradients were not finite; "
+            "lower its learning_rate. The checkpoints before it are kept"
+        )
+    steps_per_second = rate.update(step)
+    note = f"loss {metrics['loss']:.4g}"
+    if steps_per_second is not None:
+        metrics["images_per_second"] = steps_per_second * loop.batch_size
+        note += f"  {metrics['images_per_second']:.0f} images/s"
+    writer.scalars(step, metrics)
+    loop.on_step(step, note)

@@ -1,0 +1,56 @@
+"""Packaging of guided_distill. Ranges are here; the exact versions that CI runs on are in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+# A lower bound is the release series the tests run on: nothing older is known to work.
+CORE = [
+    "absl-py>=2.3",
+    "array_record>=0.8; sys_platform != 'win32'",
+    "clu>=0.0.12",
+    "etils[epath]>=1.13",
+    "flax>=0.12",
+    "grain>=0.2.18",
+    "jax>=0.10",
+    "ml_collections>=1.1",
+    "numpy>=2.3,<3",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12,<1",
+    "pillow>=12",
+    "rich>=14",
+    "safetensors>=0.7",
+    "tensorboardX>=2.6.4",
+    "tensorflow-datasets>=4.9.9",
+]
+
+EXAMPLES = ["mlxtend>=0.24", "scikit-learn>=1.8"]
+
+# tensorflow-cpu has no builds for macOS or ARM; there the plain package is the CPU one.
+ON_INTEL = "sys_platform != 'darwin' and platform_machine in 'x86_64 AMD64'"
+ELSEWHERE = "sys_platform == 'darwin' or platform_machine not in 'x86_64 AMD64'"
+
+EXTRAS = {
+    "examples": EXAMPLES,
+    "tfds": [f"tensorflow-cpu>=2.20; {ON_INTEL}", f"tensorflow>=2.20; {ELSEWHERE}"],
+    "test": ["packaging>=25", "pytest>=9", "ruff>=0.14", *EXAMPLES],
+    # Exact, because the oracles compare numbers with it.
+    "parity": ["torch==2.13.0"],
+    "gpu": ["jax[cuda13]"],
+    "tpu": ["jax[tpu]"],
+}
+
+setup(
+    name="guided_distill",
+    version=re.search(r'__version__ = "(.+)"', (HERE / "guided_distill" / "__init__.py").read_text())[1],
+    description="On Distillation of Guided Diffusion Models (arXiv 2210.03142) in JAX",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["guided_distill", "guided_distill.*"]),
+    python_requires=">=3.11",
+    install_requires=CORE,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,319 @@
+"""What each objective learns: zero loss for the exact answer, and draws that belong to the example."""
+
+import functools
+
+import analytic
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from analytic import quick_jit
+
+from guided_distill import diffusion
+from guided_distill.guidance import classifier_free
+from guided_distill.objectives import Knobs, draws, make_denoise, make_stage1, make_stage2
+
+COSINE = diffusion.Cosine()
+SCHEDULES = [make() for make in diffusion.SCHEDULES.values()]
+NULL = 3
+MOMENTS = analytic.classes([-1.0, 0.5, 1.0], 0.5, 1.0)
+SNR_WEIGHT = {
+    "constant": lambda snr: np.ones_like(snr),
+    "snr": lambda snr: snr,
+    "snr_trunc": lambda snr: np.maximum(snr, 1.0),
+    "v_mse": lambda snr: snr + 1.0,
+}
+
+
+def null_cond(cond):
+    return {"label": jnp.full_like(cond["label"], NULL)}
+
+
+B = 512
+
+
+def make_keys(num=B):
+    return jax.random.split(jax.random.key(0), num)
+
+
+def make_batch(num=B):
+    x = jax.random.uniform(jax.random.key(1), (num, 3), minval=-1.0)
+    return {"x": x, "label": jnp.arange(num) % NULL}
+
+
+def make_knobs(schedule=COSINE, num_steps=4, w_min=0.0, w_max=4.0):
+    grid = diffusion.make_grid(schedule, 16)
+    return Knobs(np.int32(num_steps), np.int32(100), np.float32(1e-3), np.float32(w_min), np.float32(w_max), grid)
+
+
+def make_knobs_on_device():
+    """Knobs to close over: a traced index cannot enter a NumPy table."""
+    return jax.tree.map(jnp.asarray, make_knobs())
+
+
+class Recorder:
+    """A denoiser that notes what each executed call was given; in the trace, whether it was given a dropout key."""
+
+    def __init__(self, denoiser):
+        self.denoiser, self.calls, self.with_dropout = denoiser, [], []
+
+    def __call__(self, z, logsnr, cond, *, dropout_key=None):
+        self.with_dropout.append(dropout_key is not None)
+        jax.debug.callback(lambda *given: self.calls.append(given), z, logsnr, cond, ordered=True)
+        return self.denoiser(z, logsnr, cond)
+
+
+@functools.cache
+def recording(objective, schedule):
+    apply = {name: Recorder(analytic.gaussian(schedule, MOMENTS)) for name in ("student", "teacher")}
+    return apply, quick_jit(lambda batch, knobs, keys: objective(apply, schedule, batch, knobs, keys)[0])
+
+
+def record(objective, schedule=COSINE, **knobs):
+    """Calls of the student and of the teacher for one batch of B: lists of (z, logsnr, cond)."""
+    apply, compiled = recording(objective, schedule)
+    for recorder in apply.values():
+        recorder.calls.clear()
+    jax.block_until_ready(compiled(make_batch(), make_knobs(schedule, **knobs), make_keys()))
+    jax.effects_barrier()
+    return tuple(jax.tree.map(np.asarray, apply[name].calls) for name in ("student", "teacher"))
+
+
+def denoise(**options):
+    return make_denoise(**{"weighting": "v_mse", "null_cond": null_cond, "cond_dropout": 0.1} | options)
+
+
+OBJECTIVES = {
+    "denoise": denoise(),
+    "stage1": make_stage1(weighting="snr_trunc"),
+    "stage2": make_stage2(weighting="snr_trunc"),
+}
+each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+
+
+# All of them
+
+
+@each_objective
+def test_loss_of_an_example_depends_on_its_own_key_and_data_alone(objective):
+    student = analytic.gaussian(COSINE, analytic.constant(0.3, 0.4))
+    apply = {"student": student, "teacher": classifier_free(analytic.gaussian(COSINE, MOMENTS), null_cond)}
+    compiled = quick_jit(lambda batch, keys: objective(apply, COSINE, batch, make_knobs_on_device(), keys)[0])
+    batch, keys = make_batch(8), make_keys(8)
+    loss = np.asarray(compiled(batch, keys))
+    assert loss.shape == (8,) and len(np.unique(loss)) == 8
+    order = np.array([6, 1, 3])
+    np.testing.assert_allclose(compiled(jax.tree.map(lambda v: v[order], batch), keys[order]), loss[order], rtol=1e-4)
+
+
+@each_objective
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_z_is_a_sample_of_q_at_the_time_the_network_is_told(objective, schedule):
+    ((z, logsnr, _),), _ = record(objective, schedule, num_steps=8)
+    alpha, sigma = schedule.alpha_sigma(logsnr)
+    eps = (z - alpha[:, None] * np.asarray(make_batch()["x"])) / sigma[:, None]
+    eps = eps[schedule.t(logsnr) > 0.1]  # before that, rounding is divided by a small sigma
+    assert abs(eps.mean()) < 0.1 and abs(eps.std() - 1) < 0.1
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_w_is_drawn_per_example_from_its_range_and_all_networks_get_the_same_condition(name):
+    student, teacher = record(OBJECTIVES[name], w_min=0.5, w_max=2.0)
+    w = student[0][2]["w"]
+    assert len(np.unique(w)) > 0.99 * B and w.min() >= 0.5 and w.max() <= 2.0
+    assert w.mean() == pytest.approx(1.25, abs=0.1) and w.max() > 1.95 and w.min() < 0.55
+    for _, _, cond in student + teacher:
+        np.testing.assert_array_equal(cond["w"], w)
+        np.testing.assert_array_equal(cond["label"], make_batch()["label"])
+    apply, _ = recording(OBJECTIVES[name], COSINE)
+    assert not any(apply["student"].with_dropout + apply["teacher"].with_dropout)
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_no_gradient_reaches_the_teacher(name):
+    def total(student_mean, teacher_mean):
+        apply = {
+            network: analytic.gaussian(COSINE, lambda cond, mean=mean: (mean, jnp.float32(0.4)))
+            for network, mean in [("student", student_mean), ("teacher", teacher_mean)]
+        }
+        return OBJECTIVES[name](apply, COSINE, make_batch(8), make_knobs_on_device(), make_keys(8))[0].sum()
+
+    to_student, to_teacher = quick_jit(jax.grad(total, (0, 1)))(jnp.float32(0.2), jnp.float32(0.1))
+    assert to_teacher == 0.0 and abs(to_student) > 1e-3
+
+
+@pytest.mark.parametrize("make", [denoise, make_stage1, make_stage2])
+def test_weighting_is_a_function_of_the_snr_times_the_error_of_x(make):
+    batch, told = make_batch(64), []
+
+    def as_prediction(x, z, logsnr):
+        return diffusion.to_prediction("x", x, z, *COSINE.alpha_sigma(logsnr))
+
+    def student(z, logsnr, cond, **options):
+        """Wrong by one in every pixel: of the data where they are the target, of the teacher's zeros elsewhere."""
+        told.append(logsnr)
+        return as_prediction((batch["x"] if make is denoise else jnp.zeros_like(z)) + 1.0, z, logsnr)
+
+    apply = {"student": student, "teacher": lambda z, logsnr, cond: as_prediction(jnp.zeros_like(z), z, logsnr)}
+
+    @quick_jit
+    def losses(keys):
+        told.clear()
+        every = [
+            make(weighting=name)(apply, COSINE, batch, make_knobs_on_device(), keys)[0] for name in diffusion.WEIGHTINGS
+        ]
+        return every, told
+
+    every, logsnr = losses(make_keys(64))
+    for name, loss, at in zip(diffusion.WEIGHTINGS, every, logsnr, strict=True):
+        np.testing.assert_allclose(loss, SNR_WEIGHT[name](np.exp(np.asarray(at))), rtol=2e-2)
+
+
+def times(objective):
+    ((_, logsnr, _),), _ = record(objective)
+    return COSINE.t(logsnr)
+
+
+@pytest.mark.parametrize("name", ["denoise", "stage1"])
+def test_continuous_times_are_uniform(name):
+    counts, _ = np.histogram(times(OBJECTIVES[name]), bins=5, range=(0.0, 1.0))
+    assert counts.sum() == B and counts.min() > 0.7 * B / 5
+
+
+@pytest.mark.parametrize("make", [denoise, make_stage1])
+def test_times_of_a_discrete_teacher_are_the_multiples_but_zero(make):
+    steps = times(make(weighting="v_mse", num_times=5)) * 5
+    np.testing.assert_allclose(steps, np.round(steps), atol=1e-4)
+    counts = np.bincount(np.round(steps).astype(int), minlength=6)
+    assert len(counts) == 6 and counts[0] == 0 and counts[1:].min() > 0.7 * B / 5
+
+
+# Denoising
+
+
+@pytest.mark.parametrize(("rate", "low", "high"), [(0.0, 0.0, 0.0), (0.1, 0.06, 0.14), (1.0, 1.0, 1.0)])
+def test_labels_are_dropped_at_the_given_rate_and_otherwise_kept(rate, low, high):
+    ((_, _, cond),), _ = record(denoise(cond_dropout=rate))
+    dropped = cond["label"] == NULL
+    assert low <= dropped.mean() <= high
+    np.testing.assert_array_equal(cond["label"][~dropped], make_batch()["label"][~dropped])
+
+
+@pytest.mark.parametrize("dropout", [True, False])
+def test_dropout_of_the_network_is_on_unless_told_otherwise(dropout):
+    apply, compiled = recording(denoise(dropout=dropout), COSINE)
+    compiled.lower(make_batch(), make_knobs(), make_keys())
+    assert apply["student"].with_dropout == [dropout]
+
+
+def test_denoising_loss_is_least_for_the_posterior_mean():
+    best = analytic.gaussian(COSINE, analytic.constant(0.2, 0.5))
+    x = 0.2 + 0.5 * jax.random.normal(jax.random.key(2), (4000, 3))
+    batch, objective = {"x": x, "label": jnp.zeros(4000, jnp.int32)}, denoise(weighting="constant")
+
+    @quick_jit
+    def loss(scale, shift):
+        def student(z, logsnr, cond, *, dropout_key=None):
+            x_hat = scale * best(z, logsnr, cond).x + shift
+            return diffusion.to_prediction("x", x_hat, z, *COSINE.alpha_sigma(logsnr))
+
+        return objective({"student": student}, COSINE, batch, None, make_keys(4000))[0].mean()
+
+    assert loss(1.0, 0.0) < min(loss(1.0, 0.1), loss(1.0, -0.1), loss(0.9, 0.0), loss(1.1, 0.0))
+
+
+# Stage one
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_stage_one_is_zero_for_the_guided_teacher_and_only_for_it(schedule):
+    conditional = analytic.gaussian(schedule, MOMENTS)
+    guided = classifier_free(conditional, null_cond)
+
+    @quick_jit
+    def losses(batch, knobs, keys):
+        return [
+            OBJECTIVES["stage1"]({"student": student, "teacher": guided}, schedule, batch, knobs, keys)[0]
+            for student in (guided, conditional)
+        ]
+
+    zero, unguided = losses(make_batch(), make_knobs(schedule), make_keys())
+    assert float(zero.max()) < 1e-8 and float(unguided.mean()) > 1e-3
+
+
+# Stage two
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_stage_two_is_zero_for_the_exact_composite_of_two_steps_in_one_compilation(schedule):
+    teacher, traces = classifier_free(analytic.gaussian(schedule, MOMENTS), null_cond), []
+
+    @quick_jit
+    def stage2_loss(batch, knobs, keys, composite_steps):
+        traces.append(knobs)
+        student = analytic.two_step_student(schedule, teacher, composite_steps)
+        return OBJECTIVES["stage2"]({"student": student, "teacher": teacher}, schedule, batch, knobs, keys)[0]
+
+    for num_steps in (8, 4, 2, 1):
+        arguments = make_batch(), make_knobs(schedule, num_steps), make_keys()
+        assert float(stage2_loss(*arguments, float(num_steps)).max()) < 1e-6
+        # The composite of steps twice as short, or twice as long, is another student.
+        for wrong in (2.0 * num_steps, 0.5 * num_steps):
+            assert float(stage2_loss(*arguments, wrong).mean()) > 1e-4
+    assert len(traces) == 1
+
+
+def test_stage_two_keeps_the_exact_flow_map():
+    moments = analytic.constant(0.5, 0.2)
+    student, teacher = (analytic.exact_student(COSINE, moments, num_steps) for num_steps in (4, 8))
+    apply = {"student": student, "teacher": teacher}
+    compiled = quick_jit(lambda *arguments: OBJECTIVES["stage2"](apply, COSINE, *arguments)[0])
+    assert float(compiled(make_batch(), make_knobs(num_steps=4), make_keys()).max()) < 1e-6
+    assert float(compiled(make_batch(), make_knobs(num_steps=2), make_keys()).mean()) > 1e-4
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_the_target_at_the_last_step_is_the_second_prediction_itself(schedule):
+    teacher = analytic.gaussian(schedule, MOMENTS)
+
+    def second_prediction(z, logsnr, cond):
+        middle = knobs.grid.at(8)
+        z_m = diffusion.ddim_step(teacher(z, logsnr, cond), middle.alpha, middle.sigma)
+        return teacher(z_m, jnp.full_like(logsnr, middle.logsnr), cond)
+
+    knobs = make_knobs(schedule, num_steps=1)
+    apply = {"student": second_prediction, "teacher": teacher}
+    compiled = quick_jit(lambda *arguments: OBJECTIVES["stage2"](apply, schedule, *arguments)[1]["x_mse"])
+    # With the small weight of (5) on x_1 in place of 0 the error would be about 1e-9.
+    assert float(compiled(make_batch(), knobs, make_keys()).max()) < 2e-12
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_stage_two_trains_at_every_i_over_n_and_its_teacher_works_half_a_step_on(schedule):
+    for num_steps in (1, 4, 8):
+        student, teacher = record(OBJECTIVES["stage2"], schedule, num_steps=num_steps)
+        t, t_1, t_2 = (schedule.t(logsnr) for _, logsnr, _ in (*student, *teacher))
+        i = np.round(t * num_steps).astype(int)
+        np.testing.assert_allclose(t, i / num_steps, atol=1e-4)
+        assert set(i) == set(range(1, num_steps + 1)) and np.bincount(i)[1:].min() > 0.6 * B / num_steps
+        np.testing.assert_allclose(t_1, t, atol=1e-6)
+        np.testing.assert_allclose(t_2, t - 0.5 / num_steps, atol=1e-4)
+
+
+def test_second_prediction_is_made_where_the_first_ddim_step_lands():
+    _, ((z, logsnr_t, cond), (z_m, logsnr_m, _)) = record(OBJECTIVES["stage2"])
+    first = analytic.gaussian(COSINE, MOMENTS)(*jax.tree.map(jnp.asarray, (z, logsnr_t, cond)))
+    np.testing.assert_allclose(z_m, diffusion.ddim_step(first, *COSINE.alpha_sigma(jnp.asarray(logsnr_m))), atol=1e-4)
+
+
+# Draws
+
+
+def test_draws_of_one_key_are_independent_and_belong_to_the_key():
+    keys = make_keys()
+    first, second = (np.asarray(draws.uniform(lot, 2.0, 3.0)) for lot in draws.split_examples(keys, 2))
+    assert first.min() >= 2.0 and first.max() < 3.0 and len(np.unique(first)) > 0.99 * B
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.15
+    like = jnp.zeros((B, 2, 2))
+    np.testing.assert_array_equal(draws.normal_like(keys, like)[7:9], draws.normal_like(keys[7:9], like[:2]))
+    assert set(np.asarray(draws.randint(keys, 1, 4))) == {1, 2, 3}
