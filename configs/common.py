@@ -1,4 +1,4 @@
-"""What all experiments share: every key there is, with the values of arXiv 2202.00512 and 2210.03142 where they agree."""
+"""Every key that experiments have, with the values of arXiv 2202.00512 and 2210.03142 where these agree."""
 
 import ml_collections
 from ml_collections import config_dict

@@ -48,16 +48,16 @@ class Checkpoints:
             try:
                 item = self._manager.restore(
                     step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract), batches=ocp.args.JsonRestore()
-                    ),
+                    args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), batches=ocp.args.JsonRestore()),
                 )
                 return item["state"], item["batches"]
             except Exception as error:  # Orbax and TensorStore raise what they like for a damaged file.
                 reason = str(error).strip().split("\n")[0][:120]
                 _log.warning(
                     "checkpoint %s cannot be read (%s: %s); going back to the one before it",
-                    self._directory / str(step), type(error).__name__, reason,
+                    self._directory / str(step),
+                    type(error).__name__,
+                    reason,
                 )
                 self._manager.delete(step)
         return None
@@ -101,16 +101,24 @@ def load_eval_params(path, sharding):
     if not steps:
         raise UserError(f"{directory}: holds no finished checkpoint")
     try:
-        with ocp.PyTreeCheckpointer() as reader:
-            item = directory / str(steps[0]) / "state"
-            tree = reader.metadata(item).item_metadata.tree
+        handler = ocp.CompositeCheckpointHandler(
+            state=ocp.PyTreeCheckpointHandler(), batches=ocp.JsonCheckpointHandler()
+        )
+        with ocp.Checkpointer(handler) as reader:
+            newest = directory / str(steps[0])
+            tree = reader.metadata(newest).item_metadata["state"].tree
             which = "ema" if tree.get("ema") is not None else "params"
-            abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree[which])
-            restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-            return reader.restore(
-                item,
-                ocp.args.PyTreeRestore(item={which: abstract}, restore_args={which: restore_args}, partial_restore=True),
-            )[which]
+            abstract = {
+                which: jax.tree.map(
+                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree[which]
+                )
+            }
+            restore = ocp.args.PyTreeRestore(
+                item=abstract,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                partial_restore=True,
+            )
+            return reader.restore(newest, ocp.args.Composite(state=restore))["state"][which]
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise UserError(f"{directory / str(steps[0])}: cannot be read ({type(error).__name__}: {reason})") from error

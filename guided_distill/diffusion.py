@@ -5,7 +5,8 @@ The theory, in the paper's letters (arXiv 2210.03142, section 2; arXiv 2202.0051
  (1) data x, noise eps ~ N(0, I), time t in [0, 1] from clean to noise:  z_t = alpha_t x + sigma_t eps
  (2) log-SNR lambda_t = log(alpha_t^2 / sigma_t^2), decreasing in t. Variance preserving schedules have
      alpha^2 = sigmoid(lambda), sigma^2 = sigmoid(-lambda); rectified flow has alpha = 1 - t, sigma = t.
- (3) v = alpha eps - sigma x, whence with r = alpha^2 + sigma^2:  x = (alpha z - sigma v) / r, eps = (sigma z + alpha v) / r
+ (3) v = alpha eps - sigma x, whence with r = alpha^2 + sigma^2:
+        x = (alpha z - sigma v) / r,   eps = (sigma z + alpha v) / r
  (4) DDIM step t -> s:  z_s = alpha_s x_hat + sigma_s eps_hat
  (5) Two steps t -> m -> s with predictions x_1 at t and x_2 at m equal the one step t -> s with prediction
         x_tilde = (z_s - (sigma_s / sigma_t) z_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)             as printed
@@ -32,7 +33,11 @@ def _namespace(array):
 
 def expand(coefficient, like):
     """Shapes a per-example coefficient [B] (or a scalar) to broadcast against `like` [B, *S]."""
-    return coefficient.reshape(coefficient.shape + (1,) * (like.ndim - coefficient.ndim)) if coefficient.ndim else coefficient
+    return (
+        coefficient.reshape(coefficient.shape + (1,) * (like.ndim - coefficient.ndim))
+        if coefficient.ndim
+        else coefficient
+    )
 
 
 def _sigmoid(x):
@@ -41,7 +46,7 @@ def _sigmoid(x):
 
 
 class Schedule(Protocol):
-    """A path of noise levels: t in [0, 1] <-> log-SNR, and the (alpha, sigma) that belong to a log-SNR, all of shape [B]."""
+    """A path of noise levels: t in [0, 1] <-> log-SNR, and the (alpha, sigma) of a log-SNR, all of shape [B]."""
 
     prior_std: float
 
@@ -183,9 +188,7 @@ def _from_both(raw, z, alpha, sigma):
     # x = sigma^2 x' + alpha (z - sigma eps'), multiplied out so that eps needs no division by sigma either.
     x, eps = _namespace(raw).split(raw, 2, axis=-1)
     r = alpha**2 + sigma**2
-    return Prediction(
-        (sigma**2 * x + alpha * (z - sigma * eps)) / r, (sigma * (z - alpha * x) + alpha**2 * eps) / r
-    )
+    return Prediction((sigma**2 * x + alpha * (z - sigma * eps)) / r, (sigma * (z - alpha * x) + alpha**2 * eps) / r)
 
 
 def _from_flow(raw, z, alpha, sigma):

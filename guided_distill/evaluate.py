@@ -14,8 +14,8 @@ from rich.table import Table
 from guided_distill import evaluators, pictures
 from guided_distill.data import read_range
 from guided_distill.files import write_whole
+from guided_distill.generate import sample_images
 from guided_distill.models import classifier
-from guided_distill.samplers import sample_images
 
 _SHOWN = 10  # images in a row of the picture
 _ROW_KEY = ("stage", "num_steps", "w")
@@ -106,7 +106,7 @@ def evaluate(run, progress):
             loaded = (entry.stage, run.params_of(entry.stage))
         for w in config.w:
             row = kept.get((entry.stage.name, entry.num_steps, w))
-            # The reference's images are needed again even where its row is there; of the others the picture shows a few.
+            # Where a row is there, only the reference's images, and the few that the picture shows, are needed again.
             num = config.num_samples if row is None or entry.reference else min(_SHOWN, config.num_samples)
             if entry.stage.model not in warm:
                 _samples(run, entry, loaded[1], w, num=1, num_steps=1)
@@ -142,8 +142,11 @@ def _make_measure(run):
     config, dataset = run.experiment.evaluate, run.dataset
     train, test = (read_range(source, 0, len(source)) for source in (dataset.train, dataset.test))
     params = classifier.train_classifier(
-        train["x"], train["label"], dataset.num_classes,
-        seed=config.seed, updates=config.classifier_updates,
+        train["x"],
+        train["label"],
+        dataset.num_classes,
+        seed=config.seed,
+        updates=config.classifier_updates,
     )
     features = _features_and_logits(params, train["x"])[0]
     return Measure(
@@ -170,8 +173,15 @@ def _samples(run, entry, params, w, *, num, num_steps):
     start = time.perf_counter()
     batches = list(
         sample_images(
-            entry.stage.model, params, grid, run.mesh,
-            seed=config.seed, num=num, w=w, num_steps=num_steps, batch_size=config.batch_size,
+            entry.stage.model,
+            params,
+            grid,
+            run.mesh,
+            seed=config.seed,
+            num=num,
+            w=w,
+            num_steps=num_steps,
+            batch_size=config.batch_size,
         )
     )
     seconds = (time.perf_counter() - start) / (len(batches) * config.batch_size)
@@ -225,14 +235,18 @@ def _comparison(experiment, entries, shown):
 def _table(summary):
     """The rows of a summary for the terminal."""
     table = Table(title=f"frechet_classifier of real halves (noise floor): {summary['noise_floor']:.3g}")
-    for name in ("model", "steps", "calls", "w", "frechet", "score", "label agr.", "dist. to ref.", "ms/image"):
-        table.add_column(name, justify="left" if name == "model" else "right")
+    for name in ("model", "steps", "w", "frechet", "score", "label", "to ref.", "ms/image"):
+        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for row in summary["rows"]:
         values = row["metrics"]
         table.add_row(
-            row["stage"], str(row["num_steps"]), str(row["nfe"]), f"{row['w']:g}",
-            f"{values['frechet_classifier']:.3f}", f"{values['score_classifier']:.2f}",
-            f"{100 * values['label_agreement']:.1f}%", f"{values['distance_to_reference']:.4f}",
+            row["stage"],
+            f"{row['num_steps']}x2" if row["model"] == "teacher" else str(row["num_steps"]),
+            f"{row['w']:g}",
+            f"{values['frechet_classifier']:.2f}",
+            f"{values['score_classifier']:.2f}",
+            f"{100 * values['label_agreement']:.1f}%",
+            f"{values['distance_to_reference']:.4f}",
             f"{1000 * row['seconds_per_image']:.2f}",
         )
     return table

@@ -94,7 +94,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Everything a run is made of. Only `evaluate`, `log` and `checkpoint` leave the trained weights as they are."""
+    """Everything a run is made of; evaluate, log, checkpoint and data.data_dir leave the trained weights alone."""
 
     seed: int
     data: DataConfig
@@ -111,7 +111,7 @@ class Experiment:
     checkpoint: CheckpointConfig
 
 
-_FREE_KEYS = ("evaluate", "log", "checkpoint")
+_FREE_KEYS = ("config.evaluate", "config.log", "config.checkpoint", "config.data.data_dir")
 
 
 def from_config(config):
@@ -191,9 +191,13 @@ def _check(experiment):
 def differing_keys(ours, theirs, path="config"):
     """Keys that change trained weights and differ between two configs, as "key: theirs -> ours", sorted."""
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        keys = (ours.keys() | theirs.keys()) - (set(_FREE_KEYS) if path == "config" else set())
-        lines = (differing_keys(ours.get(key), theirs.get(key), f"{path}.{key}") for key in sorted(keys))
+        keys = (key for key in sorted(ours.keys() | theirs.keys()) if f"{path}.{key}" not in _FREE_KEYS)
+        lines = (differing_keys(ours.get(key), theirs.get(key), f"{path}.{key}") for key in keys)
         return [line for group in lines for line in group]
     # A config that went through JSON has lists for tuples.
-    same = list(ours) == list(theirs) if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple) else ours == theirs
+    same = (
+        list(ours) == list(theirs)
+        if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple)
+        else ours == theirs
+    )
     return [] if same else [f"{path}: {theirs!r} -> {ours!r}"]

@@ -1,4 +1,4 @@
-"""The command line: python -m guided_distill.main --config=configs/digits.py [--workdir=DIR] [--mode=MODE] [--config.key=value]."""
+"""The command line: python -m guided_distill.main --config=configs/digits.py [--workdir=DIR] [--config.key=value]."""
 
 import logging
 import pathlib
@@ -9,13 +9,17 @@ from ml_collections import config_flags
 
 from guided_distill.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment: a file with get_config(); --config.key=value overrides.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "An experiment: a file with get_config(); --config.key=value overrides."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<stem of the config> by default.")
 _MODE = flags.DEFINE_enum("mode", "run", ["run", "evaluate", "sample", "prepare_data"], "What to do.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the stages, parameters and memory, and stop.")
 _NUM_STEPS = flags.DEFINE_integer("num_steps", 4, "sample: network evaluations per image.")
 _W = flags.DEFINE_float("w", 1.0, "sample: guidance strength.")
-_LABELS = flags.DEFINE_list("labels", None, "sample: classes, repeated over the images; drawn from the seed by default.")
+_LABELS = flags.DEFINE_list(
+    "labels", None, "sample: classes, repeated over the images; drawn from the seed by default."
+)
 _NUM = flags.DEFINE_integer("num", 64, "sample: how many images.")
 _SEED = flags.DEFINE_integer("seed", 0, "sample: image k depends on (seed, k), its label and w alone.")
 _OUT = flags.DEFINE_string("out", "samples.png", "sample: grid.png, or samples.npz with arrays x, label, index.")
@@ -38,22 +42,30 @@ def _parse(argv):
 
 def _dispatch():
     # Imported here: a mistyped flag should not wait for JAX.
-    from guided_distill import data, pipeline, prepare_data
+    from guided_distill import pipeline, plan, prepare_data, sample
+    from guided_distill.experiment import from_config
 
     config = _CONFIG.value.to_dict()
     workdir = _WORKDIR.value or str(pathlib.Path("runs") / pathlib.Path(flags.FLAGS["config"].config_filename).stem)
     if _DRY_RUN.value:
-        pipeline.dry_run(config)
+        plan.dry_run(config)
     elif _MODE.value == "run":
         pipeline.run(config, workdir)
     elif _MODE.value == "evaluate":
         pipeline.evaluate_run(config, workdir)
     elif _MODE.value == "prepare_data":
-        prepare_data.prepare(pipeline.from_config(config).data)
+        prepare_data.prepare(from_config(config).data)
     else:
         labels = None if _LABELS.value is None else [int(label) for label in _LABELS.value]
-        pipeline.sample(
-            config, workdir, num_steps=_NUM_STEPS.value, w=_W.value, labels=labels, num=_NUM.value, seed=_SEED.value, out=_OUT.value
+        sample.sample(
+            config,
+            workdir,
+            num_steps=_NUM_STEPS.value,
+            w=_W.value,
+            labels=labels,
+            num=_NUM.value,
+            seed=_SEED.value,
+            out=_OUT.value,
         )
 
 

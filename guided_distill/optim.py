@@ -1,4 +1,4 @@
-"""The optimiser: learning-rate schedules, Adam with clipping, the moving average, and the guard against non-finite steps."""
+"""The optimiser: learning-rate schedules, Adam with clipping, the moving average, the guard against NaN."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ DECAYS = ("constant", "linear")
 
 @dataclasses.dataclass(frozen=True)
 class OptimiserConfig:
-    """Adam as in arXiv 2202.00512, appendix E. The peak learning rate and its horizon are knobs of the step, not here."""
+    """Adam as in arXiv 2202.00512, appendix E. The peak learning rate and its horizon are knobs of the step."""
 
     warmup: int = 0  # updates of linear warm-up
     decay: str = "constant"  # or "linear": to zero at the last update

@@ -18,10 +18,10 @@ from guided_distill.data import load_dataset, make_batches
 from guided_distill.errors import UserError
 from guided_distill.experiment import Experiment, Training, differing_keys, from_config
 from guided_distill.files import write_whole
+from guided_distill.generate import sample_images
 from guided_distill.models import BACKBONES, make_model_fn
 from guided_distill.objectives import Knobs, make_denoise, make_stage1, make_stage2
 from guided_distill.progress import RunProgress
-from guided_distill.samplers import sample_images
 from guided_distill.state import make_state, student_params
 
 _log = logging.getLogger(__name__)
@@ -121,9 +121,13 @@ class Run:
     experiment: Experiment
     workdir: Any
     mesh: Any
-    dataset: Any
     stages: list[Stage]
     grid: diffusion.Grid
+
+    @functools.cached_property
+    def dataset(self):
+        """The data, loaded when first needed: sampling needs none."""
+        return load_dataset(self.experiment.data)
 
     @property
     def is_main(self):
@@ -149,38 +153,50 @@ class Run:
         """Raises UserError unless every stage has been trained."""
         for stage in self.stages:
             if not self.finished(stage):
-                raise UserError(f"{stage.directory(self.workdir)}: this stage is not finished; finish it with --mode=run")
+                raise UserError(
+                    f"{stage.directory(self.workdir)}: this stage is not finished; finish it with --mode=run"
+                )
 
 
-def open_run(config, workdir) -> Run:
-    """Checks config, data, devices and workdir, and writes config.json. Raises UserError for each that is wrong."""
+def open_run(config, workdir, *, create=True) -> Run:
+    """Checks config, devices, data and workdir, and writes config.json; without `create` the run must be there already.
+
+    Raises UserError for each that is wrong.
+    """
     experiment = from_config(config)
     mesh = sharding.make_mesh()
     for name in ("teacher", "stage1", "stage2", "evaluate"):
         sharding.check_batch(mesh, f"config.{name}.batch_size", getattr(experiment, name).batch_size)
-    workdir = epath.Path(workdir)
-    dataset = load_dataset(experiment.data)
-    _claim_workdir(workdir, config)
     grid = sharding.replicate(mesh, diffusion.make_grid(experiment.schedule, experiment.stage2.teacher_steps))
-    return Run(experiment, workdir, mesh, dataset, make_stages(experiment), grid)
+    run = Run(experiment, epath.Path(workdir), mesh, make_stages(experiment), grid)
+    _check_same_config(run, config)
+    if create:
+        _ = run.dataset  # loaded before anything is written: a mistake in the data section leaves no workdir behind
+        _claim_workdir(run, config)
+    return run
 
 
-def _claim_workdir(workdir, config):
-    path = workdir / "config.json"
+def _check_same_config(run, config):
+    path = run.workdir / "config.json"
     try:
-        if path.exists():
-            lines = differing_keys(dict(config), json.loads(path.read_text()))
-            if lines:
-                raise UserError(
-                    f"{workdir} was made with another config ({'; '.join(lines)}); use another --workdir, or those values"
-                )
-        if jax.process_index() == 0:
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(config, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"workdir {workdir} cannot be written: {error.strerror or error}") from error
+        theirs = json.loads(path.read_text()) if path.exists() else None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error}); delete it, or use another --workdir") from error
+    begun = any((stage.directory(run.workdir) / "checkpoints").exists() for stage in run.stages)
+    lines = differing_keys(dict(config), theirs) if theirs and begun else []
+    if lines:
+        raise UserError(
+            f"{run.workdir} was made with another config ({'; '.join(lines)}); use those values or another --workdir"
+        )
+
+
+def _claim_workdir(run, config):
+    try:
+        if run.is_main:
+            run.workdir.mkdir(parents=True, exist_ok=True)
+            write_whole(run.workdir / "config.json", json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"workdir {run.workdir} cannot be written: {error.strerror or error}") from error
 
 
 def run(config, workdir):
@@ -221,9 +237,7 @@ def train_stage(this, stage, progress):
     done = [0]
 
     def on_step(step, note):
-        progress.advance(
-            (step - done[0]) * stage.work_per_update, f"{stage.name} {step}/{training.updates}", note
-        )
+        progress.advance((step - done[0]) * stage.work_per_update, f"{stage.name} {step}/{training.updates}", note)
         done[0] = step
 
     def make_writer(restored_step):
@@ -248,8 +262,17 @@ def train_stage(this, stage, progress):
     with Checkpoints(directory, keep=experiment.checkpoint.keep) as checkpoints:
         knobs = _knobs(this, stage)
         train.fit(
-            loop, step_fn, state, frozen, batches, knobs, key,
-            mesh=mesh, checkpoints=checkpoints, make_writer=make_writer, rate=metrics.RateMeter(),
+            loop,
+            step_fn,
+            state,
+            frozen,
+            batches,
+            knobs,
+            key,
+            mesh=mesh,
+            checkpoints=checkpoints,
+            make_writer=make_writer,
+            rate=metrics.RateMeter(),
         )
     if this.is_main:
         mark_complete(directory, json.dumps({"stage": stage.name, "step": training.updates}) + "\n")
@@ -269,10 +292,16 @@ def _knobs(this, stage):
 
 
 def _write_samples(this, stage, writer, state, step):
-    """A grid of samples of the network as it is, with its own number of steps, to the stage directory and TensorBoard."""
+    """A grid of samples of the network as it is, at its own number of steps: a PNG, and in TensorBoard."""
     batches = sample_images(
-        stage.model, state.eval_params, this.grid, this.mesh,
-        seed=0, num=_GRID_IMAGES, w=min(1.0, this.experiment.stage1.w_max), num_steps=min(stage.num_steps, 16),
+        stage.model,
+        state.eval_params,
+        this.grid,
+        this.mesh,
+        seed=0,
+        num=_GRID_IMAGES,
+        w=min(1.0, this.experiment.stage1.w_max),
+        num_steps=min(stage.num_steps, 16),
         batch_size=this.experiment.evaluate.batch_size,
         labels=np.arange(_GRID_IMAGES) % stage.model.num_classes,
     )

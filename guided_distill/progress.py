@@ -26,7 +26,11 @@ class RunProgress:
         self._console = console or Console(stderr=True, quiet=not enabled)
         self._bar = None
         if self._console.is_terminal and enabled:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}% {task.fields[note]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}% {task.fields[note]}"),
+            )
             self._bar = Progress(*columns, console=self._console)
             self._task = self._bar.add_task("starting", total=total, note="")
 

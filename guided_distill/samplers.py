@@ -1,16 +1,13 @@
 """From noise to samples in N evaluations of a denoiser, and the noise itself, one seed per image."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from guided_distill import diffusion, sharding
+from guided_distill import diffusion
 
 
 def predict(denoiser, z, at_t, cond, clip=None):
-    """One evaluation at the grid point `at_t` (scalars); with `clip`, x_hat is kept in [-clip, clip] and eps_hat agrees."""
+    """One evaluation at the grid point `at_t`; with `clip`, x_hat is kept in [-clip, clip] and eps_hat agrees."""
     prediction = denoiser(z, jnp.broadcast_to(at_t.logsnr, z.shape[:1]), cond)
     return prediction if clip is None else diffusion.clip_prediction(prediction, z, at_t.alpha, at_t.sigma, clip)
 
@@ -49,35 +46,3 @@ def initial_noise(keys, sample_shape, prior_std=1.0):
 def random_labels(keys, num_classes):
     """Uniform labels i32 [B], image k from key k."""
     return jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 1), (), 0, num_classes))(keys)
-
-
-@functools.cache
-def compiled(model, sampler, mesh):
-    """(params, grid, keys, cond, num_steps) -> x [B, *S]: a sampler of a `Teacher.static()`, jitted, over all devices.
-
-    One compilation serves all numbers of steps, and all weights of the same network.
-    """
-
-    def sample(params, grid, keys, cond, num_steps):
-        z = initial_noise(keys, model.sample_shape, model.schedule.prior_std)
-        return sampler(model.denoiser(params), grid, z, cond, num_steps, keys, clip=model.data_range)
-
-    return jax.jit(sample, out_shardings=sharding.batched(mesh))
-
-
-def sample_images(model, params, grid, mesh, *, seed, num, w, num_steps, batch_size, labels=None, sampler="deterministic"):
-    """Yields (index [b], label [b], x [b, *S]) as host arrays for the images 0 .. num - 1 of a seed.
-
-    Image k depends on (seed, k), its label and w alone. `labels` i32 [num]; None draws them uniformly. The last batch
-    is computed whole and cut, so that every batch runs the same program.
-    """
-    sample = compiled(model.static(), SAMPLERS[sampler], mesh)
-    for start in range(0, num, batch_size):
-        index = np.arange(start, start + batch_size)
-        keys = image_keys(seed, jnp.asarray(index))
-        label = random_labels(keys, model.num_classes) if labels is None else jnp.asarray(np.resize(labels[start:], batch_size))
-        cond = {"label": label, "w": jnp.full(batch_size, w, jnp.float32)}
-        keys, cond = jax.device_put((keys, cond), sharding.batched(mesh))
-        x = sample(params, grid, keys, cond, jnp.asarray(num_steps, jnp.int32))
-        kept = min(batch_size, num - start)
-        yield index[:kept], np.asarray(label)[:kept], np.asarray(x)[:kept]

@@ -39,6 +39,4 @@ def replicate(mesh, tree):
 def shard_batch(mesh, local_batch):
     """Global arrays [B, ...] from the rows that each process holds: process p has the p-th contiguous block."""
     sharding = batched(mesh)
-    return jax.tree.map(
-        lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), local_batch
-    )
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), local_batch)

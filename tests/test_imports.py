@@ -31,13 +31,16 @@ LEVEL = {
     "state": 4,
     "evaluators": 4,
     "experiment": 5,
+    "generate": 5,
     "prepare_data": 5,
     "train": 5,
     "evaluate": 6,
     "report": 6,
     "export": 6,
     "pipeline": 7,
-    "main": 8,
+    "plan": 8,
+    "sample": 8,
+    "main": 9,
 }
 SIDE_BY_SIDE = 4
 # Rooms that only the named ones may import.

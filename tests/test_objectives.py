@@ -310,10 +310,15 @@ def test_second_prediction_is_made_where_the_first_ddim_step_lands():
 
 
 def test_draws_of_one_key_are_independent_and_belong_to_the_key():
+    @quick_jit
+    def drawn(keys):
+        uniform = [draws.uniform(lot, 2.0, 3.0) for lot in draws.split_examples(keys, 2)]
+        return *uniform, draws.randint(keys, 1, 4), draws.normal_like(keys, jnp.zeros((len(keys), 2, 2)))
+
     keys = make_keys()
-    first, second = (np.asarray(draws.uniform(lot, 2.0, 3.0)) for lot in draws.split_examples(keys, 2))
+    first, second, integers, normal = map(np.asarray, drawn(keys))
     assert first.min() >= 2.0 and first.max() < 3.0 and len(np.unique(first)) > 0.99 * B
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.15
-    like = jnp.zeros((B, 2, 2))
-    np.testing.assert_array_equal(draws.normal_like(keys, like)[7:9], draws.normal_like(keys[7:9], like[:2]))
-    assert set(np.asarray(draws.randint(keys, 1, 4))) == {1, 2, 3}
+    assert set(integers) == {1, 2, 3}
+    for part, whole in zip(drawn(keys[7:9]), (first, second, integers, normal), strict=True):
+        np.testing.assert_array_equal(part, whole[7:9])

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 
 def sinusoid(position, dim):
-    """[sin, cos] of position [B] at frequencies exp(-ln(1e4) j / (dim/2 - 1)), j < dim/2 (arXiv 2107.00630) -> [B, dim]."""
+    """[sin, cos] of position [B] times exp(-ln(1e4) j / (dim/2 - 1)), j < dim/2: [B, dim] (arXiv 2107.00630)."""
     half = dim // 2
     frequencies = jnp.exp(-jnp.log(1e4) * jnp.arange(half, dtype=jnp.float32) / (half - 1))
     angle = position.astype(jnp.float32)[:, None] * frequencies[None, :]

@@ -125,7 +125,7 @@ class Embedding(nn.Module):
 
 
 class UNet(nn.Module):
-    """The U-Net: z [B, H, W, C], logsnr [B], label i32 [B] or None, w [B] or None -> [B, H, W, out_channels] float32."""
+    """z [B, H, W, C], logsnr [B], label i32 [B] or None, w [B] or None -> [B, H, W, out_channels], float32."""
 
     config: UNetConfig
 

@@ -1,0 +1,80 @@
+"""Holds a finished run against the paper's claim on its own data: what was reached beside each bound.
+
+    python -m benchmarks.claims runs/digits [--bounds=mnist]
+
+Exits with 1 when a bound is missed. "floor" is the noise floor of summary.json.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+# Fréchet distance of the N-step student, at most this many times the reference teacher's, plus the floor.
+REFERENCE_BOUNDS = {"digits": {4: 1.15, 2: 1.3}, "mnist": {4: 1.3, 2: 2.0}}
+TEACHER_BOUNDS = {2: 0.8, 1: 0.5}  # ... and this many times the teacher's own at the same N x 2
+DISTANCE_BOUND = 0.5  # of the distance to the reference images, against the teacher's own at the same N x 2
+AGREEMENT_MARGIN = 0.02
+
+
+def checks(summary, bounds):
+    """[(what, reached, bound, held)] for every claim."""
+    rows = {(row["model"], row["stage"], row["num_steps"], row["w"]): row["metrics"] for row in summary["rows"]}
+    reference_steps = max(row["num_steps"] for row in summary["rows"])
+    floor = summary["noise_floor"]
+
+    def student(n, w):
+        return rows["student", f"stage2_det_{n:04d}", n, w]
+
+    def teacher(n, w):
+        return rows["teacher", "teacher", n, w]
+
+    def at_most(what, value, bound):
+        return what, value, bound, value <= bound
+
+    found = [
+        ("classifier, held-out accuracy", summary["classifier_test_accuracy"], 0.97,
+         summary["classifier_test_accuracy"] >= 0.97),
+        ("label agreement, reference, w 1", teacher(reference_steps, 1.0)["label_agreement"], 0.97,
+         teacher(reference_steps, 1.0)["label_agreement"] >= 0.97),
+    ]  # fmt: skip
+    for w in sorted({row["w"] for row in summary["rows"]}):
+        reference = teacher(reference_steps, w)
+        for n, factor in REFERENCE_BOUNDS[bounds].items():
+            bound = factor * reference["frechet_classifier"] + floor
+            name = f"frechet, {n} steps, w {w:g}: {factor} x reference + floor"
+            found.append(at_most(name, student(n, w)["frechet_classifier"], bound))
+        for n, factor in TEACHER_BOUNDS.items():
+            bound = factor * teacher(n, w)["frechet_classifier"]
+            name = f"frechet, {n} steps, w {w:g}: {factor} x teacher {n}x2"
+            found.append(at_most(name, student(n, w)["frechet_classifier"], bound))
+        for n in (4, 2):
+            bound = DISTANCE_BOUND * teacher(n, w)["distance_to_reference"]
+            name = f"distance, {n} steps, w {w:g}: {DISTANCE_BOUND} x teacher {n}x2"
+            found.append(at_most(name, student(n, w)["distance_to_reference"], bound))
+        for n in (4, 2, 1):
+            agreement, asked = student(n, w)["label_agreement"], reference["label_agreement"]
+            low = asked - AGREEMENT_MARGIN
+            found.append((f"label agreement, {n} steps, w {w:g}: at least", agreement, low, agreement >= low))
+            if w == 0.0:
+                high = asked + AGREEMENT_MARGIN
+                found.append(at_most(f"label agreement, {n} steps, w 0: at most", agreement, high))
+    return found
+
+
+def main():
+    """Prints every claim with what was reached."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdir", type=pathlib.Path)
+    parser.add_argument("--bounds", choices=REFERENCE_BOUNDS, default="digits")
+    args = parser.parse_args()
+    found = checks(json.loads((args.workdir / "summary.json").read_text()), args.bounds)
+    for what, reached, bound, held in found:
+        print(f"{'ok    ' if held else 'MISSED'}  {what:55s}  {reached:9.4f}  bound {bound:9.4f}")
+    missed = sum(not held for *_, held in found)
+    print(f"{len(found) - missed} of {len(found)} hold")
+    sys.exit(missed > 0)
+
+
+if __name__ == "__main__":
+    main()

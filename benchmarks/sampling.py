@@ -1,0 +1,82 @@
+"""Seconds per image of the few-step student beside its guided teacher at 1024 x 2 calls, side by side in one run.
+
+    python -m benchmarks.sampling [--config=configs/digits.py]
+
+The time does not depend on the weights, so fresh ones are used.
+"""
+
+import argparse
+import importlib.util
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+
+from guided_distill import diffusion, generate, pipeline, samplers, sharding
+from guided_distill.experiment import from_config
+
+TEACHER_STEPS, STUDENT_STEPS, RUNS = 1024, 4, 3
+
+
+def median_seconds(call, runs=RUNS):
+    """Median wall-clock seconds of `call`, after one call that is not counted."""
+    jax.block_until_ready(call())
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def sampler_call(model, params, grid, mesh, batch_size, num_steps):
+    """A call of the compiled sampler on `batch_size` images."""
+    sample = generate.compiled(model, samplers.deterministic, mesh)
+    keys = samplers.image_keys(0, jnp.arange(batch_size))
+    cond = {"label": jnp.zeros(batch_size, jnp.int32), "w": jnp.ones(batch_size)}
+    steps = jnp.asarray(num_steps, jnp.int32)
+    return lambda: sample(params, grid, keys, cond, steps)
+
+
+def network_call(model, params, batch_size):
+    """One jitted evaluation of the network on `batch_size` images."""
+    z = jnp.zeros((batch_size, *model.sample_shape))
+    one = jnp.ones(batch_size)
+    cond = {"label": jnp.zeros(batch_size, jnp.int32), "w": one}
+    forward = jax.jit(lambda params: model.model_fn(params, z, one, cond))
+    return lambda: forward(params)
+
+
+def main():
+    """Prints a row per batch size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/digits.py")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 64])
+    args = parser.parse_args()
+    spec = importlib.util.spec_from_file_location("config", args.config)
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    experiment = from_config(module.get_config().to_dict())
+
+    mesh = sharding.make_mesh()
+    grid = sharding.replicate(mesh, diffusion.make_grid(experiment.schedule, TEACHER_STEPS))
+    key = jax.random.key(0)
+    teacher, student = (pipeline.make_model(experiment, w_conditioned) for w_conditioned in (False, True))
+    teacher_params, student_params = (pipeline.initial_params(experiment, w, key) for w in (False, True))
+    print(f"{args.config} on {jax.device_count()} x {jax.devices()[0].device_kind}; medians of {RUNS} runs after warm-up")
+    print("batch  teacher 1024x2 ms/image  student 4 ms/image  times faster  sampler(8) / (8 x one network call)")
+    for batch_size in args.batch_sizes:
+        slow = median_seconds(sampler_call(teacher, teacher_params, grid, mesh, batch_size, TEACHER_STEPS))
+        fast = median_seconds(sampler_call(student, student_params, grid, mesh, batch_size, STUDENT_STEPS), 3 * RUNS)
+        eight = median_seconds(sampler_call(student, student_params, grid, mesh, batch_size, 8), 9 * RUNS)
+        one = median_seconds(network_call(student, student_params, batch_size), 27 * RUNS)
+        per_image = 1e3 / batch_size
+        print(
+            f"{batch_size:5d}  {slow * per_image:23.2f}  {fast * per_image:18.3f}  {slow / fast:12.0f}"
+            f"  {eight / (8 * one):.3f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

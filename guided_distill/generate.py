@@ -1,0 +1,47 @@
+"""Images by the batch: the samplers compiled, spread over devices, one seed per image."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from guided_distill import samplers, sharding
+
+
+@functools.cache
+def compiled(model, sampler, mesh):
+    """(params, grid, keys, cond, num_steps) -> x [B, *S]: a sampler of a `Teacher.static()`, jitted, over all devices.
+
+    One compilation serves all numbers of steps, and all weights of the same network.
+    """
+
+    def sample(params, grid, keys, cond, num_steps):
+        z = samplers.initial_noise(keys, model.sample_shape, model.schedule.prior_std)
+        return sampler(model.denoiser(params), grid, z, cond, num_steps, keys, clip=model.data_range)
+
+    return jax.jit(sample, out_shardings=sharding.batched(mesh))
+
+
+def sample_images(
+    model, params, grid, mesh, *, seed, num, w, num_steps, batch_size, labels=None, sampler="deterministic"
+):
+    """Yields (index [b], label [b], x [b, *S]) as host arrays for the images 0 .. num - 1 of a seed.
+
+    Image k depends on (seed, k), its label and w alone. `labels` i32 [num]; None draws them uniformly. The last batch
+    is computed whole and cut, so that every batch runs the same program.
+    """
+    sample = compiled(model.static(), samplers.SAMPLERS[sampler], mesh)
+    for start in range(0, num, batch_size):
+        index = np.arange(start, start + batch_size)
+        keys = samplers.image_keys(seed, jnp.asarray(index))
+        label = (
+            samplers.random_labels(keys, model.num_classes)
+            if labels is None
+            else jnp.asarray(np.resize(labels[start:], batch_size))
+        )
+        cond = {"label": label, "w": jnp.full(batch_size, w, jnp.float32)}
+        keys, cond = jax.device_put((keys, cond), sharding.batched(mesh))
+        x = sample(params, grid, keys, cond, jnp.asarray(num_steps, jnp.int32))
+        kept = min(batch_size, num - start)
+        yield index[:kept], np.asarray(label)[:kept], np.asarray(x)[:kept]

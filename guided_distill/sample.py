@@ -1,0 +1,72 @@
+"""Images of a trained student: a picture, or arrays."""
+
+import io
+import os
+import sys
+
+import numpy as np
+from etils import epath
+
+from guided_distill import generate, pictures, pipeline
+from guided_distill.errors import UserError
+from guided_distill.files import write_whole
+
+
+def sample(config, workdir, *, num_steps, w, labels, num, seed, out):
+    """Writes `num` images of the student trained for `num_steps` to `out` (.png: a grid; .npz: x, label, index).
+
+    `labels`: classes, repeated over the images; None draws them from the seed. Raises UserError for a number of steps
+    without a finished student, w outside the trained range, labels outside the classes and an `out` of another kind.
+    """
+    this = pipeline.open_run(config, workdir, create=False)
+    stage = _student(this, num_steps)
+    _check(this.experiment, w, labels, num, out)
+    batch_size = min(this.experiment.evaluate.batch_size, -(-num // this.mesh.size) * this.mesh.size)
+    batches = generate.sample_images(
+        stage.model,
+        this.params_of(stage),
+        this.grid,
+        this.mesh,
+        seed=seed,
+        num=num,
+        w=w,
+        num_steps=num_steps,
+        batch_size=batch_size,
+        labels=None if labels is None else np.resize(np.asarray(labels, np.int32), num),
+    )
+    index, label, x = (np.concatenate(values) for values in zip(*batches, strict=True))
+    try:
+        if out.endswith(".png"):
+            pictures.save_png(out, pictures.image_grid(x))
+        else:
+            buffer = io.BytesIO()
+            np.savez(buffer, x=x, label=label, index=index)
+            write_whole(out, buffer.getvalue())
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from error
+    print(f"{num} images, {num_steps} network evaluations each, w = {w:g}: {out}", file=sys.stderr)
+
+
+def _student(this, num_steps):
+    by_steps = {stage.num_steps: stage for stage in this.stages if stage.position > 1 and this.finished(stage)}
+    if num_steps not in by_steps:
+        trained = ", ".join(map(str, sorted(by_steps))) or "none yet"
+        raise UserError(
+            f"--num_steps={num_steps}: no student was trained for it; finished in {this.workdir}: {trained}"
+        )
+    return by_steps[num_steps]
+
+
+def _check(experiment, w, labels, num, out):
+    stage1, num_classes = experiment.stage1, experiment.data.num_classes
+    if not stage1.w_min <= w <= stage1.w_max:
+        raise UserError(f"--w={w:g} is outside the trained range [{stage1.w_min:g}, {stage1.w_max:g}]")
+    for label in labels or ():
+        if not 0 <= label < num_classes:
+            raise UserError(f"--labels: {label} is outside the classes 0 ... {num_classes - 1}")
+    if num < 1:
+        raise UserError(f"--num={num}: at least one image is needed")
+    if os.path.splitext(out)[1] not in (".png", ".npz"):
+        raise UserError(f"--out={out}: must end in .png (a grid) or .npz (arrays)")
+    if not epath.Path(out).parent.exists():
+        raise UserError(f"--out={out}: there is no directory {epath.Path(out).parent}")
