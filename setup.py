@@ -22,7 +22,6 @@ CORE = [
     "orbax-checkpoint>=0.12,<1",
     "pillow>=12",
     "rich>=14",
-    "safetensors>=0.7",
     "tensorboardX>=2.6.4",
     "tensorflow-datasets>=4.9.9",
 ]
@@ -35,7 +34,8 @@ ELSEWHERE = "sys_platform == 'darwin' or platform_machine not in 'x86_64 AMD64'"
 
 EXTRAS = {
     "examples": EXAMPLES,
-    "tfds": [f"tensorflow-cpu>=2.20; {ON_INTEL}", f"tensorflow>=2.20; {ELSEWHERE}"],
+    # TFDS itself needs importlib_resources to download, and does not say so.
+    "tfds": [f"tensorflow-cpu>=2.20; {ON_INTEL}", f"tensorflow>=2.20; {ELSEWHERE}", "importlib_resources"],
     "test": ["packaging>=25", "pytest>=9", "ruff>=0.14", *EXAMPLES],
     # Exact, because the oracles compare numbers with it.
     "parity": ["torch==2.13.0"],

@@ -36,7 +36,7 @@ def colour_32x32():
     """A U-Net of CIFAR-10's resolution that two cores can train, with attention at 8x8."""
     config = digits.get_config()
     config.data.update(image_size=32, channels=3)
-    config.model.update(emb_channels=128, multipliers=(1, 2, 2), num_blocks=2, attention_resolutions=(8,))
+    config.model.update(channels=32, norm_groups=8, emb_channels=128, multipliers=(1, 2, 2), num_blocks=2, attention_resolutions=(8,))
     config.teacher.batch_size = 32
     return from_config(config.to_dict())
 

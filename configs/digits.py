@@ -8,7 +8,7 @@ def get_config():
     config = common.get_config()
     config.data.update(name="digits", image_size=8, channels=1)
     config.model.update(
-        channels=32, emb_channels=64, multipliers=(1, 2), num_blocks=1, attention_resolutions=(4,), norm_groups=8
+        channels=24, emb_channels=96, multipliers=(1, 2), num_blocks=1, attention_resolutions=(4,), norm_groups=8
     )
     config.teacher.update(updates=1500, batch_size=64, learning_rate=1e-3, warmup=100, decay="linear", ema=0.999)
     config.stage1.update(updates=600, batch_size=64, learning_rate=5e-4, decay="linear", ema=0.99)

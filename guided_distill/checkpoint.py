@@ -1,7 +1,9 @@
 """Checkpoints of a stage through Orbax: asynchronous, the newest few kept, unreadable ones named and passed over."""
 
 import dataclasses
+import json
 import logging
+import zlib
 
 import jax
 import orbax.checkpoint as ocp
@@ -23,43 +25,61 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-    """The checkpoints of one stage directory. Use as a context manager: leaving waits for the last save."""
+    """The checkpoints of one stage directory. Use as a context manager: leaving waits for the last save.
+
+    Orbax writes in the background; once a checkpoint is on disk its files' sizes and checksums are noted beside it, so
+    that a damaged one is known by name before anything of it is used. (Orbax notices a truncated file but not a
+    flipped bit.)
+    """
 
     def __init__(self, stage_dir, *, keep=2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._directory = epath.Path(stage_dir) / "checkpoints"
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._stage_dir = epath.Path(stage_dir)
+        self._manager = ocp.CheckpointManager(_step_dir(stage_dir, "x").parent, options=options)
+        self._unsealed = None
 
     def save(self, step, state, iterator_state):
         """Starts writing the TrainState and the state of the batch iterator (JSON) at `step`."""
+        self._seal()
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), batches=ocp.args.JsonSave(iterator_state)),
         )
+        self._unsealed = step
+
+    def seal_if_written(self):
+        """Notes the checksums of the last save if it has finished; returns at once otherwise."""
+        if self._unsealed is not None and not self._manager.is_saving_in_progress():
+            self._seal()
+
+    def _seal(self):
+        if self._unsealed is not None:
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                _write_checksums(self._stage_dir, self._unsealed)
+            self._unsealed = None
 
     def restore_newest(self, like):
-        """(state, iterator state) of the newest readable checkpoint, or None where there is none.
+        """(state, iterator state) of the newest undamaged checkpoint, or None where there is none.
 
-        `like` is a state (or its shapes) whose structure and shardings the restored one takes. A checkpoint that cannot
-        be read is named in the log and deleted, and the one before it is used.
+        `like` is a state (or its shapes) whose structure and shardings the restored one takes. A checkpoint that is
+        damaged is named in the log and deleted, and the one before it is used.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                item = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), batches=ocp.args.JsonRestore()),
-                )
-                return item["state"], item["batches"]
-            except Exception as error:  # Orbax and TensorStore raise what they like for a damaged file.
-                reason = str(error).strip().split("\n")[0][:120]
-                _log.warning(
-                    "checkpoint %s cannot be read (%s: %s); going back to the one before it",
-                    self._directory / str(step),
-                    type(error).__name__,
-                    reason,
-                )
-                self._manager.delete(step)
+            damage = _damage(self._stage_dir, step)
+            if damage is None:
+                try:
+                    arguments = ocp.args.Composite(
+                        state=ocp.args.StandardRestore(abstract), batches=ocp.args.JsonRestore()
+                    )
+                    item = self._manager.restore(step, args=arguments)
+                    return item["state"], item["batches"]
+                except Exception as error:  # Orbax and TensorStore raise what they like for a damaged file.
+                    damage = _reason(error)
+            where = _step_dir(self._stage_dir, step)
+            _log.warning("checkpoint %s cannot be read (%s); going back to the one before it", where, damage)
+            self._manager.delete(step)
         return None
 
     def latest_step(self):
@@ -71,7 +91,62 @@ class Checkpoints:
 
     def __exit__(self, *_):
         self._manager.wait_until_finished()
+        self._seal()
         self._manager.close()
+
+
+def _step_dir(stage_dir, step):
+    return epath.Path(stage_dir) / "checkpoints" / str(step)
+
+
+def _checksums_path(stage_dir, step):
+    return epath.Path(stage_dir) / "checksums" / f"{step}.json"
+
+
+def _files(directory):
+    # epath has no recursive glob, for fear of what it would cost on an object store.
+    for path in directory.iterdir():
+        yield from _files(path) if path.is_dir() else (path,)
+
+
+def _checksum(path):
+    """[bytes, CRC-32] of a file, read in pieces: a checkpoint may be larger than memory."""
+    size, crc = 0, 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 24):
+            size, crc = size + len(piece), zlib.crc32(piece, crc)
+    return [size, crc]
+
+
+def _write_checksums(stage_dir, step):
+    directory = _step_dir(stage_dir, step)
+    if not directory.exists():  # the save failed, and has said so
+        return
+    found = {str(path.relative_to(directory)): _checksum(path) for path in _files(directory)}
+    path = _checksums_path(stage_dir, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(found))
+    for old in path.parent.glob("*.json"):
+        if not _step_dir(stage_dir, old.stem).exists():
+            old.unlink()
+
+
+def _damage(stage_dir, step):
+    """What is wrong with a checkpoint by its checksums, or None; also None if the run was stopped before noting them."""
+    path = _checksums_path(stage_dir, step)
+    if not path.exists():
+        return None
+    for name, expected in json.loads(path.read_text()).items():
+        file = _step_dir(stage_dir, step) / name
+        found = _checksum(file) if file.exists() else None
+        if found != expected:
+            what = "is missing" if found is None else "is truncated" if found[0] < expected[0] else "was changed"
+            return f"{name} {what}"
+    return None
+
+
+def _reason(error):
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
 
 
 def mark_complete(stage_dir, text):
@@ -100,25 +175,25 @@ def load_eval_params(path, sharding):
     steps = sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit()), reverse=True)
     if not steps:
         raise UserError(f"{directory}: holds no finished checkpoint")
+    newest = steps[0]
+    damage = _damage(stages[0], newest)
+    if damage is not None:
+        raise UserError(f"{directory / str(newest)} cannot be read ({damage})")
     try:
-        handler = ocp.CompositeCheckpointHandler(
-            state=ocp.PyTreeCheckpointHandler(), batches=ocp.JsonCheckpointHandler()
+        return _read_eval_params(directory / str(newest), sharding)
+    except Exception as error:  # as above
+        raise UserError(f"{directory / str(newest)} cannot be read ({_reason(error)})") from error
+
+
+def _read_eval_params(path, sharding):
+    handler = ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(), batches=ocp.JsonCheckpointHandler())
+    with ocp.Checkpointer(handler) as reader:
+        tree = reader.metadata(path).item_metadata["state"].tree
+        which = "ema" if tree.get("ema") is not None else "params"
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree[which])
+        restore = ocp.args.PyTreeRestore(
+            item={which: shapes},
+            restore_args=ocp.checkpoint_utils.construct_restore_args({which: shapes}),
+            partial_restore=True,
         )
-        with ocp.Checkpointer(handler) as reader:
-            newest = directory / str(steps[0])
-            tree = reader.metadata(newest).item_metadata["state"].tree
-            which = "ema" if tree.get("ema") is not None else "params"
-            abstract = {
-                which: jax.tree.map(
-                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree[which]
-                )
-            }
-            restore = ocp.args.PyTreeRestore(
-                item=abstract,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-                partial_restore=True,
-            )
-            return reader.restore(newest, ocp.args.Composite(state=restore))["state"][which]
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0][:120]
-        raise UserError(f"{directory / str(steps[0])}: cannot be read ({type(error).__name__}: {reason})") from error
+        return reader.restore(path, ocp.args.Composite(state=restore))["state"][which]

@@ -47,7 +47,7 @@ def apply_gradients(config, state, grads, peak_lr, updates):
     A gradient that is not finite changes nothing but the step and the count of skipped updates in a row.
     """
     rate = learning_rate(config, state.step, peak_lr, updates)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     directions, opt_state = make_optimiser(config).update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, d: p - rate * d, state.params, directions)
     ema = state.ema

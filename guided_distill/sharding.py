@@ -7,9 +7,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from guided_distill.errors import UserError
 
 
-def make_mesh():
-    """All devices of all processes along one axis, "data". Auto axes: Linen fails on explicit ones."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def make_mesh(devices=None):
+    """All devices of all processes, or those given, along one axis, "data". Auto axes: Linen fails on explicit ones."""
+    devices = devices or jax.devices()
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh):

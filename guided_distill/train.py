@@ -41,7 +41,7 @@ def make_train_step(objective, student, teacher, optimiser, mesh):
 
         (loss, named), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
         state, optimisation = optim.apply_gradients(optimiser, state, grads, knobs.peak_lr, knobs.updates)
-        return state, {"loss": loss, **named, **optimisation, "param_norm": optax.global_norm(state.params)}
+        return state, {"loss": loss, **named, **optimisation, "param_norm": optax.tree.norm(state.params)}
 
     whole = sharding.replicated(mesh)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole))
@@ -71,31 +71,32 @@ def fit(loop, step_fn, state, frozen, batches, knobs, key, *, mesh, checkpoints,
     if restored is not None:
         state, iterator_state = restored
         batches.set_state(iterator_state)
-    start, saved, pending = int(state.step), None, None
+    start, pending = int(state.step), None
     with make_writer(start) as writer:
         # evaluate -> save -> next(batch) -> step -> write the metrics of the step before. A state is saved before the
         # batch that follows it is drawn, so a resumed run draws that very batch; and reading a step's metrics after
-        # the next one has been dispatched never makes the device wait.
+        # the next one has been dispatched never makes the device wait. Saving waits for it anyway, and the metrics up
+        # to a checkpoint must be written before it: a run that goes on from there does not see them again.
         for step in range(start, loop.updates + 1):
             done = step == loop.updates
             if loop.sample_every and (done or step % loop.sample_every == 0) and step != start:
                 loop.sample(writer, state, step)
-            if (done or step % loop.checkpoint_every == 0) and step not in (saved, checkpoints.latest_step()):
+            if (done or step % loop.checkpoint_every == 0) and step != checkpoints.latest_step():
+                pending = _report(loop, writer, rate, step, pending)
                 checkpoints.save(step, state, batches.get_state())
-                saved = step
+            checkpoints.seal_if_written()
             metrics = None
             if not done:
                 batch = sharding.shard_batch(mesh, next(batches))
                 state, metrics = step_fn(state, frozen, batch, knobs, key)
-            if pending is not None:
-                _report(loop, writer, rate, step, pending)
+            _report(loop, writer, rate, step, pending)
             pending = metrics
     return state
 
 
 def _report(loop, writer, rate, step, metrics):
-    """Writes and shows the metrics of update number `step`; gives up when too many updates in a row were skipped."""
-    if step % loop.log_every and step != loop.updates:
+    """Writes and shows the metrics of update number `step`, if it is due and there are any."""
+    if metrics is None or (step % loop.log_every and step != loop.updates):
         return
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
     if metrics["skipped"] >= _MAX_SKIPPED:

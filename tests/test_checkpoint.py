@@ -1,0 +1,137 @@
+import logging
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from guided_distill import sharding
+from guided_distill.checkpoint import Checkpoints, is_complete, load_eval_params, mark_complete
+from guided_distill.errors import UserError
+from guided_distill.optim import OptimiserConfig
+from guided_distill.state import make_state
+
+MESH = sharding.make_mesh()
+
+
+def state_at(step, ema=0.9):
+    params = {"kernel": jax.random.normal(jax.random.key(step), (64, 64)), "bias": jnp.arange(4.0) + step}
+    state = make_state(params, OptimiserConfig(ema=ema))
+    if ema:
+        state = state.replace(ema=jax.tree.map(lambda p: p + 1, state.ema))
+    return sharding.replicate(MESH, state.replace(step=jnp.int32(step)))
+
+
+def write(stage_dir, steps, keep=3, ema=0.9):
+    with Checkpoints(stage_dir, keep=keep) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, state_at(step, ema), {"next_index": 10 * step})
+
+
+def restore(stage_dir, ema=0.9):
+    with Checkpoints(stage_dir) as checkpoints:
+        return checkpoints.restore_newest(state_at(0, ema))
+
+
+def same(a, b):
+    return jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), a, b))
+
+
+def truncate_largest_file(directory):
+    largest = max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_round_trip_of_the_newest_to_the_bit(tmp_path, ema):
+    write(tmp_path, [1, 2], ema=ema)
+    state, iterator_state = restore(tmp_path, ema)
+    assert same(state, state_at(2, ema)) and iterator_state == {"next_index": 20}
+    assert (state.ema is None) == (ema == 0.0)
+
+
+def test_nothing_to_restore(tmp_path):
+    assert restore(tmp_path) is None
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    write(tmp_path, [1, 2, 3, 4], keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
+
+
+def test_a_truncated_newest_is_reported_and_the_one_before_it_used(tmp_path, caplog):
+    write(tmp_path, [1, 2])
+    truncate_largest_file(tmp_path / "checkpoints" / "2")
+    with caplog.at_level(logging.WARNING, logger="guided_distill.checkpoint"):
+        state, iterator_state = restore(tmp_path)
+    assert same(state, state_at(1)) and iterator_state == {"next_index": 10}
+    assert "checkpoints/2 cannot be read" in caplog.text
+    # The number is free again for the checkpoint that will replace it.
+    write(tmp_path, [2])
+    assert same(restore(tmp_path)[0], state_at(2))
+
+
+def test_a_flipped_bit_is_found(tmp_path, caplog):
+    write(tmp_path, [1, 2])
+    directory = tmp_path / "checkpoints" / "2"
+    largest = max((path for path in directory.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    assert same(restore(tmp_path)[0], state_at(1)) and "was changed" in caplog.text
+
+
+def test_a_missing_file_is_found(tmp_path, caplog):
+    write(tmp_path, [1, 2])
+    next(path for path in (tmp_path / "checkpoints" / "2").rglob("*") if path.is_file()).unlink()
+    assert same(restore(tmp_path)[0], state_at(1)) and "is missing" in caplog.text
+
+
+def test_a_checkpoint_whose_checksums_were_never_noted_is_used(tmp_path):
+    write(tmp_path, [1, 2])
+    (tmp_path / "checksums" / "2.json").unlink()
+    assert same(restore(tmp_path)[0], state_at(2))
+
+
+def test_checksums_go_with_their_checkpoints(tmp_path):
+    write(tmp_path, [1, 2, 3, 4], keep=2)
+    assert sorted(path.stem for path in (tmp_path / "checksums").iterdir()) == ["3", "4"]
+
+
+def test_all_truncated_starts_over(tmp_path, caplog):
+    write(tmp_path, [1])
+    truncate_largest_file(tmp_path / "checkpoints" / "1")
+    assert restore(tmp_path) is None and "cannot be read" in caplog.text
+
+
+def test_what_samples_is_the_average_where_there_is_one(tmp_path):
+    for ema, expected in ((0.9, state_at(1, 0.9).ema), (0.0, state_at(1, 0.0).params)):
+        write(tmp_path / str(ema), [1], ema=ema)
+        assert same(load_eval_params(tmp_path / str(ema), sharding.replicated(MESH)), expected)
+
+
+def test_a_workdir_stands_for_its_teacher(tmp_path):
+    write(tmp_path / "00_teacher", [1])
+    write(tmp_path / "01_stage1", [2])
+    assert same(load_eval_params(tmp_path, sharding.replicated(MESH)), state_at(1).ema)
+
+
+def test_missing_empty_and_damaged_checkpoints_get_one_line(tmp_path):
+    whole = sharding.replicated(MESH)
+    with pytest.raises(UserError, match="nowhere: no such checkpoint"):
+        load_eval_params(tmp_path / "nowhere", whole)
+    with pytest.raises(UserError, match="holds no checkpoints"):
+        load_eval_params(tmp_path, whole)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="holds no finished checkpoint"):
+        load_eval_params(tmp_path, whole)
+    write(tmp_path, [3])
+    truncate_largest_file(tmp_path / "checkpoints" / "3")
+    with pytest.raises(UserError, match="checkpoints/3 cannot be read .*is truncated") as error:
+        load_eval_params(tmp_path, whole)
+    assert "\n" not in str(error.value)
+
+
+def test_the_mark_of_a_finished_stage(tmp_path):
+    assert not is_complete(tmp_path)
+    mark_complete(tmp_path, "done\n")
+    assert is_complete(tmp_path) and [path.name for path in tmp_path.iterdir()] == ["STAGE_COMPLETE"]

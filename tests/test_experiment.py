@@ -1,0 +1,90 @@
+import importlib
+import pathlib
+
+import jax
+import pytest
+from tiny import tiny_config
+
+from guided_distill import pipeline
+from guided_distill.errors import UserError
+from guided_distill.experiment import differing_keys, from_config
+
+CONFIGS = sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem not in ("common", "__init__"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_builds_its_network_and_lists_its_stages(name):
+    experiment = from_config(importlib.import_module(f"configs.{name}").get_config().to_dict())
+    stages = pipeline.make_stages(experiment)
+    assert [stage.name for stage in stages[:2]] == ["teacher", "stage1"] and stages[-1].name == "stage2_det_0001"
+    assert [stage.num_steps for stage in stages[2:]] == experiment.stage2.rounds()
+    for stage in stages[:2]:
+        params = jax.eval_shape(
+            lambda key, stage=stage: pipeline.initial_params(experiment, stage.model.w_conditioned, key),
+            jax.random.key(0),
+        )
+        assert ("w2" in params["embedding"]) == stage.model.w_conditioned
+
+
+def test_the_papers_configs_have_the_papers_numbers():
+    cifar, imagenet = (
+        from_config(importlib.import_module(f"configs.{name}").get_config().to_dict())
+        for name in ("cifar10", "imagenet64")
+    )
+    assert cifar.stage2.rounds() == imagenet.stage2.rounds() == [512, 256, 128, 64, 32, 16, 8, 4, 2, 1]
+    assert (cifar.teacher.batch_size, imagenet.teacher.batch_size) == (128, 2048)
+    assert (cifar.stage2.learning_rate, imagenet.stage2.learning_rate) == (5e-5, 1e-4)
+    assert cifar.stage2.updates_of(512) == 50_000 and cifar.stage2.updates_of(2) == 100_000
+    assert (imagenet.stage1.w_min, imagenet.stage1.w_max) == (0.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("seeed", 1, "config.seeed: no such key"),
+        ("stage1.updatess", 1, "config.stage1.updatess: no such key; there are .*updates"),
+        ("stage1.updates", "many", "config.stage1.updates is 'many'; it must be of type int"),
+        ("stage1.updates", True, "config.stage1.updates is True"),
+        ("model.name", "vit", "config.model.name is 'vit'; it must be one of unet"),
+        ("schedule.name", "linear", "config.schedule.name is 'linear'; it must be one of cosine"),
+        ("parameterisation", "w", "config.parameterisation is 'w'; it must be one of x, eps, v"),
+        ("weighting", "none", "config.weighting is 'none'; it must be one of"),
+        ("stage2.teacher_steps", 48, "config.stage2.teacher_steps is 48; it must be a power of 2"),
+        ("evaluate.w", (0.0, 5.0), r"config.evaluate.w holds 5.0, outside the trained range \[0.0, 4.0\]"),
+        ("evaluate.num_steps", (3,), "config.evaluate.num_steps holds 3; students are trained for 2, 1"),
+        ("stage1.w_min", 9.0, "w_min 9.0 and w_max 4.0"),
+        ("data", 3, "config.data is 3; it must be a group of keys"),
+        ("evaluate.w", 1.0, "config.evaluate.w is 1.0; it must be a list"),
+    ],
+)
+def test_a_wrong_value_gets_one_line_that_names_its_key(key, value, says):
+    config = tiny_config()
+    group, *rest = key.split(".")
+    (config[group] if rest else config)[rest[0] if rest else group] = value
+    with pytest.raises(UserError, match=says) as error:
+        from_config(config)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_key_is_named():
+    config = tiny_config()
+    del config["stage1"]["updates"]
+    with pytest.raises(UserError, match="config.stage1.updates is missing"):
+        from_config(config)
+
+
+def test_integers_stand_for_floats_and_lists_for_tuples():
+    experiment = from_config(tiny_config(**{"stage1.w_max": 4.0}) | {"evaluate": {
+        **tiny_config()["evaluate"], "w": [0, 1], "num_steps": [1]}})  # fmt: skip
+    assert experiment.evaluate.w == (0.0, 1.0) and experiment.evaluate.num_steps == (1,)
+    assert hash(experiment) == hash(experiment)
+
+
+def test_only_keys_that_change_trained_weights_count_as_different():
+    ours = tiny_config()
+    theirs = tiny_config(**{"evaluate.num_samples": 3, "log.every": 9, "checkpoint.every": 1})
+    assert differing_keys(ours, theirs) == []
+    theirs = tiny_config(**{"stage1.learning_rate": 0.25, "seed": 3})
+    assert differing_keys(ours, theirs) == ["config.seed: 3 -> 0", "config.stage1.learning_rate: 0.25 -> 0.0005"]
+    # What JSON makes of a tuple is the same value.
+    assert differing_keys(ours, {**ours, "model": {**ours["model"], "multipliers": [1]}}) == []

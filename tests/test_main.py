@@ -1,0 +1,169 @@
+"""The command line, as a user types it, in processes of their own."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPO = pathlib.Path(__file__).parents[1]
+TINY = [
+    "--config=configs/digits.py",
+    *("--config.model.channels=8 --config.model.emb_channels=16 --config.model.multipliers=(1,)".split()),
+    *("--config.model.norm_groups=4 --config.model.attention_resolutions=()".split()),
+    *("--config.teacher.updates=24 --config.teacher.batch_size=8 --config.stage1.updates=24".split()),
+    *("--config.stage1.batch_size=8 --config.stage2.batch_size=8 --config.stage2.teacher_steps=4".split()),
+    *("--config.stage2.updates=24 --config.stage2.final_updates=24 --config.evaluate.num_samples=16".split()),
+    *("--config.evaluate.batch_size=16 --config.evaluate.num_steps=(1,2) --config.evaluate.w=(0.,4.)".split()),
+    *("--config.evaluate.classifier_updates=5 --config.log.every=1 --config.checkpoint.every=4".split()),
+]
+
+
+def command(*arguments):
+    # One device, as on a user's machine.
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    return [sys.executable, "-m", "guided_distill.main", *arguments], {"cwd": REPO, "env": environment, "text": True}
+
+
+def call(*arguments):
+    line, options = command(*arguments)
+    return subprocess.run(line, capture_output=True, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    done = call(*TINY, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "WARNING" not in done.stderr
+    return workdir
+
+
+def final_params(workdir):
+    """Bytes of all final checkpoints' arrays, by stage."""
+    from tiny import tiny_config
+
+    from guided_distill import sharding
+    from guided_distill.checkpoint import load_eval_params
+
+    del tiny_config
+    whole = sharding.replicated(sharding.make_mesh())
+    return {path.name: load_eval_params(path, whole) for path in sorted(workdir.glob("[0-9][0-9]_*"))}
+
+
+def test_kill_9_and_the_same_command_again_end_with_the_same_weights(finished, tmp_path):
+    import jax
+
+    line, options = command(*TINY, f"--workdir={tmp_path}")
+    kills = 0
+    for stage in ("00_teacher", "01_stage1", "03_stage2_det_0001"):
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
+        metrics = tmp_path / stage / "metrics.jsonl"
+        deadline = time.monotonic() + 240
+        while process.poll() is None and time.monotonic() < deadline:
+            if metrics.exists() and metrics.read_bytes().count(b"\n") >= 6:
+                break
+            time.sleep(0.005)
+        killed_in_time = process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += killed_in_time and not (tmp_path / stage / "STAGE_COMPLETE").exists()
+    assert kills >= 2  # a stage may be faster than the one who watches it
+    done = subprocess.run(line, capture_output=True, **options)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = final_params(tmp_path), final_params(finished)
+    assert ours.keys() == theirs.keys() and len(ours) == 4
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), ours, theirs))
+
+
+def test_a_truncated_newest_checkpoint_is_reported_and_the_run_goes_on(finished, tmp_path):
+    import shutil
+
+    import jax
+
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    last = workdir / "03_stage2_det_0001"
+    (last / "STAGE_COMPLETE").unlink()
+    newest = max((last / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    done = call(*TINY, f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    assert f"{newest} cannot be read" in done.stderr.replace("\n", "") and "Traceback" not in done.stderr
+    ours, theirs = final_params(workdir), final_params(finished)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), ours, theirs))
+
+
+def test_sample_writes_a_grid_or_arrays(finished, tmp_path):
+    flags = [*TINY, f"--workdir={finished}", "--mode=sample", "--num_steps=2", "--w=2", "--labels=3,7", "--num=6"]
+    for name in ("grid.png", "samples.npz"):
+        done = call(*flags, f"--out={tmp_path / name}")
+        assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "grid.png").size[0] > 40
+    samples = np.load(tmp_path / "samples.npz", allow_pickle=False)
+    assert samples["x"].shape == (6, 8, 8, 1) and list(samples["label"]) == [3, 7, 3, 7, 3, 7]
+
+
+def test_dry_run_lists_the_stages_and_writes_nothing(tmp_path):
+    done = call("--config=configs/digits.py", "--dry_run", f"--workdir={tmp_path / 'new'}")
+    assert done.returncode == 0, done.stderr
+    assert "stage2_det_0001" in done.stdout and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--config is missing"),
+        (["--config=configs/nothing.py"], "configs/nothing.py"),
+        (["--config=configs/digits.py", "--config.stage1.updatess=3"], "updatess"),
+        (["--config=configs/digits.py", "--config.stage1.updates=three"], "three"),
+        (["--config=configs/digits.py", "--mode=dance"], "dance"),
+        (["--config=configs/digits.py", "--nosuchflag=1"], "nosuchflag"),
+        (["--config=configs/digits.py", "extra"], "extra"),
+        (["--config=configs/cifar10.py", "--config.data.data_dir=nowhere"], "nowhere"),
+        (["--config=configs/digits.py", "--workdir=/proc/none"], "/proc/none"),
+        (["--config=configs/digits.py", "--config.teacher.checkpoint=nowhere", "--workdir={new}"], "nowhere"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(arguments, says, tmp_path):
+    done = call(*(argument.format(new=tmp_path / "new") for argument in arguments))
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--num_steps=3"], "--num_steps=3: no student was trained for it; finished in .*: 1, 2"),
+        (["--num_steps=2", "--w=9"], r"--w=9 is outside the trained range \[0, 4\]"),
+        (["--num_steps=2", "--labels=10"], "--labels: 10 is outside the classes 0 ... 9"),
+        (["--num_steps=2", "--labels=cat"], "--labels"),
+        (["--num_steps=2", "--num=0"], "--num=0"),
+        (["--num_steps=2", "--out=grid.gif"], "must end in .png"),
+        (["--num_steps=2", "--out=nowhere/grid.png"], "there is no directory nowhere"),
+    ],
+)
+def test_a_mistake_in_sampling_gets_one_line(finished, flags, says):
+    import re
+
+    done = call(*TINY, f"--workdir={finished}", "--mode=sample", *flags)
+    assert done.returncode == 2, done.stderr
+    assert re.search(says, done.stderr) and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_batch_that_does_not_divide_over_the_devices(tmp_path):
+    line, options = command(*TINY, f"--workdir={tmp_path}", "--config.stage1.batch_size=9")
+    options["env"]["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    done = subprocess.run(line, capture_output=True, **options)
+    assert done.returncode == 2 and "config.stage1.batch_size is 9" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_summary_is_json_all_tools_can_read(finished):
+    assert json.loads((finished / "summary.json").read_text())["rows"]

@@ -1,0 +1,146 @@
+"""The whole chain, tiny, in this process; `test_main` runs it as a user does."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from guided_distill import metrics, pipeline
+from guided_distill.errors import UserError
+
+STAGES = ["00_teacher", "01_stage1", "02_stage2_det_0002", "03_stage2_det_0001"]
+
+
+def weights(workdir):
+    run = pipeline.open_run(tiny_config(), workdir)
+    return {stage.name: jax.device_get(run.params_of(stage)) for stage in run.stages}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    pipeline.run(tiny_config(**{"log.sample_every": 4}), workdir)
+    return workdir
+
+
+def test_what_a_run_leaves(finished):
+    assert sorted(path.name for path in finished.iterdir() if path.is_dir()) == STAGES
+    for name in STAGES:
+        stage = finished / name
+        assert (stage / "STAGE_COMPLETE").exists() and list(stage.glob("events.*")) and list(stage.glob("samples/*.png"))
+        assert [line["step"] for line in metrics.read_metrics(stage)] == list(range(1, 7 if name == "00_teacher" else 5))
+    assert json.loads((finished / "config.json").read_text())["stage1"]["w_max"] == 4.0
+    assert (finished / "comparison.png").stat().st_size > 1000
+
+
+def test_rows_of_the_summary(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    found = [(row["stage"], row["model"], row["num_steps"], row["nfe"], row["w"]) for row in summary["rows"]]
+    expected = [("teacher", "teacher", n, 2 * n) for n in (4, 2, 1)]
+    expected += [("stage1", "student", n, n) for n in (2, 1)]
+    expected += [(f"stage2_det_{n:04d}", "student", n, n) for n in (2, 1)]
+    assert found == [(*entry, w) for entry in expected for w in (0.0, 4.0)]
+    for row in summary["rows"]:
+        values = row["metrics"]
+        assert set(values) == {"frechet_classifier", "score_classifier", "label_agreement", "distance_to_reference"}
+        assert np.isfinite(list(values.values())).all() and row["num_samples"] == 16 and row["seconds_per_image"] > 0
+        # The reference is its own reference, up to the half precision it is kept in.
+        is_reference = row["num_steps"] == 4
+        assert (values["distance_to_reference"] < 1e-6) == is_reference
+    assert summary["noise_floor"] > 0 and 0 <= summary["classifier_test_accuracy"] <= 1
+
+
+def test_the_same_call_again_changes_nothing(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    pipeline.run(tiny_config(), finished)
+    after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    changed = {path.name for path in after if before.get(path) != after[path]}
+    assert changed <= {"config.json"}
+
+
+def test_an_interrupted_evaluation_keeps_its_rows(finished):
+    path = finished / "summary.json"
+    summary = json.loads(path.read_text())
+    kept = summary["rows"][:5]
+    path.write_text(json.dumps({**summary, "rows": kept}))
+    pipeline.run(tiny_config(), finished)
+    again = json.loads(path.read_text())
+    assert again["rows"][:5] == kept
+    for row, expected in zip(again["rows"], summary["rows"], strict=True):
+        assert row["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)
+
+
+def test_a_chain_interrupted_in_every_stage_ends_with_the_same_weights(finished, tmp_path, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    make = pipeline.train.make_train_step
+    for stop in (3, 2, 3, 1):
+        calls = []
+
+        def stopping(*arguments, stop=stop, calls=calls):
+            step = make(*arguments)
+
+            def counted(*rest):
+                calls.append(None)
+                if len(calls) > stop:
+                    raise Stopped
+                return step(*rest)
+
+            return counted
+
+        monkeypatch.setattr(pipeline.train, "make_train_step", stopping)
+        with pytest.raises(Stopped):
+            pipeline.run(tiny_config(), tmp_path)
+    monkeypatch.undo()
+    pipeline.run(tiny_config(), tmp_path)
+    ours, theirs = weights(tmp_path), weights(finished)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), ours, theirs))
+
+
+def test_a_teacher_trained_earlier_is_taken_as_it_is(finished, tmp_path):
+    pipeline.run(tiny_config(**{"teacher.checkpoint": str(finished)}), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == STAGES[1:]
+    ours, theirs = weights_with(tmp_path, finished), weights(finished)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), ours, theirs))
+
+
+def weights_with(workdir, teacher):
+    run = pipeline.open_run(tiny_config(**{"teacher.checkpoint": str(teacher)}), workdir)
+    return {stage.name: jax.device_get(run.params_of(stage)) for stage in run.stages}
+
+
+def test_a_teacher_of_another_model_is_refused(finished, tmp_path):
+    wider = tiny_config(**{"teacher.checkpoint": str(finished), "model.channels": 16})
+    with pytest.raises(UserError, match="another shape of .*: it is of another model"):
+        pipeline.run(wider, tmp_path)
+
+
+def test_a_workdir_of_another_config_is_refused_and_evaluation_may_change(finished):
+    with pytest.raises(UserError, match="config.stage1.updates: 4 -> 9"):
+        pipeline.open_run(tiny_config(**{"stage1.updates": 9}), finished)
+    pipeline.open_run(tiny_config(**{"evaluate.num_samples": 8}), finished)
+    pipeline.open_run(tiny_config(), finished)
+
+
+def test_a_config_that_nothing_was_trained_with_may_change(tmp_path):
+    pipeline.open_run(tiny_config(), tmp_path)
+    pipeline.open_run(tiny_config(seed=5), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 5
+
+
+def test_mistakes_leave_no_workdir_behind(tmp_path):
+    for config, says in (
+        (tiny_config(**{"data.name": "no_such_set", "data.data_dir": str(tmp_path)}), "no_such_set"),
+        (tiny_config(**{"stage1.batch_size": 9}), "config.stage1.batch_size is 9.*8 devices.*such as 16"),
+    ):
+        with pytest.raises(UserError, match=says):
+            pipeline.run(config, tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+
+
+def test_evaluating_a_run_that_is_not_finished_names_the_stage(tmp_path):
+    with pytest.raises(UserError, match="00_teacher: this stage is not finished"):
+        pipeline.evaluate_run(tiny_config(), tmp_path)

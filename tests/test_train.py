@@ -1,0 +1,159 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from guided_distill import metrics, pipeline, sharding, train
+from guided_distill.checkpoint import Checkpoints
+from guided_distill.data import make_batches
+from guided_distill.errors import UserError
+from guided_distill.experiment import from_config
+from guided_distill.state import make_state, student_params
+
+EXPERIMENT = from_config(tiny_config())
+STAGES = {stage.name: stage for stage in pipeline.make_stages(EXPERIMENT)}
+
+
+@functools.cache
+def params_of(w_conditioned):
+    params = pipeline.initial_params(EXPERIMENT, w_conditioned, jax.random.key(1))
+    # Away from the zeros of the initialisation, behind which a wrong gradient would not show.
+    return jax.tree.map(lambda p: p + 0.05 * jnp.sin(jnp.arange(p.size, dtype=p.dtype).reshape(p.shape)), params)
+
+
+def prepared(name, mesh, num_steps=None):
+    stage = STAGES[name]
+    run = pipeline.Run(EXPERIMENT, None, mesh, list(STAGES.values()), None)
+    params = jax.tree.map(jnp.copy, params_of(stage.model.w_conditioned))  # the step donates them
+    state = sharding.replicate(mesh, make_state(params, stage.training.optimiser))
+    frozen = {} if stage.teacher is None else {"teacher": params_of(stage.teacher.w_conditioned)}
+    grid = pipeline.diffusion.make_grid(EXPERIMENT.schedule, EXPERIMENT.stage2.teacher_steps)
+    run = pipeline.dataclasses.replace(run, grid=grid)
+    knobs = pipeline.dataclasses.replace(pipeline._knobs(run, stage), num_steps=jnp.int32(num_steps or stage.num_steps))
+    step = train.make_train_step(stage.objective, stage.model, stage.teacher, stage.training.optimiser, mesh)
+    key = jax.random.key(0)
+    return step, state, *(sharding.replicate(mesh, value) for value in (frozen, knobs, key))
+
+
+def batch_of(size=8):
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, (size, 8, 8, 1)).astype(np.float32)
+    return {"x": x, "label": rng.integers(0, 10, size, dtype=np.int32)}
+
+
+@pytest.mark.parametrize("name", ["teacher", "stage1", "stage2_det_0002"])
+def test_one_and_four_devices_give_the_same_losses_and_gradients(name):
+    results = []
+    for count in (1, 4):
+        mesh = sharding.make_mesh(jax.devices()[:count])
+        step, state, frozen, knobs, key = prepared(name, mesh)
+        batch = sharding.shard_batch(mesh, batch_of())
+        losses = []
+        for _ in range(3):
+            state, values = step(state, frozen, batch, knobs, key)
+            losses.append([float(values["loss"]), float(values["grad_norm"])])
+        results.append((losses, jax.device_get(state.params)))
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)
+    for one, four in zip(*(jax.tree.leaves(params) for _, params in results), strict=True):
+        np.testing.assert_allclose(one, four, atol=2e-5)
+
+
+def test_all_halvings_share_one_compiled_step():
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    step, state, frozen, knobs, key = prepared("stage2_det_0002", mesh)
+    batch = sharding.shard_batch(mesh, batch_of())
+    before = step._cache_size()
+    for num_steps in (2, 1):
+        again, _, _, knobs, _ = prepared(f"stage2_det_{num_steps:04d}", mesh, num_steps)
+        assert again is step
+        state, _ = step(state, frozen, batch, knobs, key)
+    assert step._cache_size() - before <= 1
+
+
+def test_the_program_of_a_step_does_not_contain_its_teacher():
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    step, state, frozen, knobs, key = prepared("stage1", mesh)
+    text = step.lower(state, frozen, sharding.shard_batch(mesh, batch_of()), knobs, key).as_text()
+    assert "dense_resource" not in text and max(map(len, text.splitlines())) < 20_000
+
+
+def test_keys_depend_on_the_step_and_the_index_alone():
+    key = jax.random.key(3)
+    few, many = (jax.random.key_data(train.example_keys(key, 5, size)) for size in (2, 6))
+    assert (few == many[:2]).all()
+    assert len(np.unique(np.asarray(many), axis=0)) == 6
+    assert not (jax.random.key_data(train.example_keys(key, 6, 2)) == few).any(axis=1).all()
+
+
+class Stopped(Exception):
+    pass
+
+
+def fit(directory, step_fn, pieces, *, updates=7, stop_before=None):
+    """Trains in `directory`; raises Stopped when update `stop_before` would be made, as a kill would."""
+    mesh, state, frozen, knobs, key = pieces
+    calls = {"from": None}
+
+    def step(state, *rest):
+        if int(state.step) == stop_before:
+            raise Stopped
+        calls["from"] = int(state.step) if calls["from"] is None else calls["from"]
+        return step_fn(state, *rest)
+
+    loop = train.Loop("teacher", updates, 8, 2, 1, 0, None, lambda step, note: None)
+    source = EXPERIMENT.data
+    batches = make_batches(pipeline.load_dataset(source).train, batch_size=8, seed=1, flip=False)
+    with Checkpoints(directory) as checkpoints:
+        state = train.fit(
+            loop, step, state, frozen, batches, knobs, key,
+            mesh=mesh, checkpoints=checkpoints, rate=metrics.RateMeter(),
+            make_writer=lambda restored: metrics.MetricWriter(directory, restored_step=restored),
+        )  # fmt: skip
+    return state, calls["from"]
+
+
+def test_a_resumed_run_is_the_undisturbed_run_to_the_bit(tmp_path):
+    mesh = sharding.make_mesh(jax.devices()[:1])
+
+    def pieces():
+        step_fn, *rest = prepared("teacher", mesh)
+        return step_fn, (mesh, *rest)
+
+    undisturbed, _ = fit(tmp_path / "whole", *pieces())
+    for stop in (3, 6):
+        with pytest.raises(Stopped):
+            fit(tmp_path / "killed", *pieces(), stop_before=stop)
+    resumed, began = fit(tmp_path / "killed", *pieces())
+    assert began == 6
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), undisturbed, resumed))
+    lines = [metrics.read_metrics(tmp_path / name) for name in ("whole", "killed")]
+    assert [[line["step"] for line in each] for each in lines] == [list(range(1, 8))] * 2
+    assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
+
+
+def test_a_run_of_gradients_that_are_not_finite_is_given_up_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_MAX_SKIPPED", 3)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    step_fn, *rest = prepared("teacher", mesh)
+
+    def poisoned(state, frozen, batch, *others):
+        return step_fn(state, frozen, {**batch, "x": batch["x"] * np.nan}, *others)
+
+    with pytest.raises(UserError, match="stage teacher, update 3: the last 3 gradients were not finite"):
+        fit(tmp_path, poisoned, (mesh, *rest))
+
+
+def test_a_student_starts_as_its_teacher_in_the_first_update():
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    teacher = pipeline.initial_params(EXPERIMENT, False, jax.random.key(1))
+    student = student_params(teacher, pipeline.initial_params(EXPERIMENT, True, jax.random.key(2)))
+    step, state, frozen, knobs, key = prepared("stage1", mesh)
+    stage = STAGES["stage1"]
+    state = sharding.replicate(mesh, make_state(student, stage.training.optimiser))
+    # With w = 0 throughout, the guided teacher is the conditional one, which is what the student starts as.
+    knobs = pipeline.dataclasses.replace(knobs, w_max=jnp.float32(0.0))
+    _, values = step(state, {"teacher": teacher}, sharding.shard_batch(mesh, batch_of()), knobs, key)
+    assert float(values["loss"]) < 1e-10

@@ -1,0 +1,17 @@
+"""The smallest experiment that is still the whole chain."""
+
+from configs import digits
+
+
+def tiny_config(**updates):
+    """digits with a network of a few thousand weights and a few updates a stage; N = 2 -> 1."""
+    config = digits.get_config()
+    config.model.update(channels=8, emb_channels=16, multipliers=(1,), norm_groups=4, attention_resolutions=())
+    config.teacher.update(updates=6, batch_size=8, warmup=2)
+    config.stage1.update(updates=4, batch_size=8)
+    config.stage2.update(teacher_steps=4, updates=4, final_updates=4, final_num_steps=(1,), batch_size=8)
+    config.evaluate.update(num_samples=16, batch_size=16, w=(0.0, 4.0), num_steps=(1, 2), classifier_updates=5)
+    config.log.update(every=1, sample_every=0)
+    config.checkpoint.update(every=2, keep=3)
+    config.update_from_flattened_dict(updates)
+    return config.to_dict()
