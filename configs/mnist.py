@@ -8,17 +8,19 @@ def get_config():
     config = common.get_config()
     config.data.update(name="mnist", image_size=28, channels=1)
     config.model.update(
-        channels=32,
-        emb_channels=128,
+        channels=24,
+        emb_channels=96,
         multipliers=(1, 2),
         num_blocks=1,
         attention_resolutions=(7,),
         norm_groups=8,
         patch=2,
     )
-    config.teacher.update(updates=4000, batch_size=64, learning_rate=1e-3, warmup=100, decay="linear", ema=0.999)
-    config.stage1.update(updates=1200, batch_size=64, learning_rate=5e-4, decay="linear", ema=0.99)
-    config.stage2.update(teacher_steps=64, updates=400, final_updates=800, batch_size=64, learning_rate=3e-4)
+    config.teacher.update(updates=2400, batch_size=64, learning_rate=1e-3, warmup=100, decay="linear", ema=0.999)
+    config.stage1.update(updates=1000, batch_size=64, learning_rate=1e-3, decay="linear", ema=0.99)
+    config.stage2.update(
+        teacher_steps=32, updates=200, final_num_steps=(1, 2), final_updates=400, batch_size=64, learning_rate=3e-4
+    )
     config.evaluate.update(
         num_samples=1000, batch_size=250, w=(0.0, 1.0, 4.0), num_steps=(1, 2, 4, 8), classifier_updates=800
     )
