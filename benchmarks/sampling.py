@@ -63,7 +63,9 @@ def main():
     key = jax.random.key(0)
     teacher, student = (pipeline.make_model(experiment, w_conditioned) for w_conditioned in (False, True))
     teacher_params, student_params = (pipeline.initial_params(experiment, w, key) for w in (False, True))
-    print(f"{args.config} on {jax.device_count()} x {jax.devices()[0].device_kind}; medians of {RUNS} runs after warm-up")
+    print(
+        f"{args.config} on {jax.device_count()} x {jax.devices()[0].device_kind}; medians of {RUNS} runs after warm-up"
+    )
     print("batch  teacher 1024x2 ms/image  student 4 ms/image  times faster  sampler(8) / (8 x one network call)")
     for batch_size in args.batch_sizes:
         slow = median_seconds(sampler_call(teacher, teacher_params, grid, mesh, batch_size, TEACHER_STEPS))

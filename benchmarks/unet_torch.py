@@ -73,7 +73,7 @@ class Embedding(nn.Module):
 
 
 class UNet(nn.Module):
-    """`UNetConfig` for images of `side`, without patches and w: z [B, C, H, W], logsnr [B], label [B] -> [B, C, H, W]."""
+    """`UNetConfig` at `side`, without patches and w: z [B, C, H, W], logsnr [B], label [B] -> [B, C, H, W]."""
 
     def __init__(self, config, side, in_channels):
         super().__init__()
@@ -154,7 +154,7 @@ def load_flax(model, params):
 
 
 class TrainStep:
-    """The denoising step: label dropout, z_t of the cosine schedule, v loss, clipping to norm 1, Adam, moving average."""
+    """The denoising step: label dropout, z_t of the cosine schedule, v loss, clipping, Adam, moving average."""
 
     def __init__(self, model, *, learning_rate, cond_dropout, num_classes, decay):
         self.model, self.cond_dropout, self.num_classes, self.decay = model, cond_dropout, num_classes, decay

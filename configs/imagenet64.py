@@ -1,4 +1,4 @@
-"""ImageNet 64x64, class-conditional, with the published network (arXiv 2202.00512, table 2; arXiv 2210.03142, section 5).
+"""ImageNet 64x64, class-conditional, with the published network (arXiv 2202.00512; arXiv 2210.03142, section 5).
 
 The data set is made once with --mode=prepare_data: centre crop, area resize.
 """

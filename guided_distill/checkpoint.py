@@ -132,7 +132,7 @@ def _write_checksums(stage_dir, step):
 
 
 def _damage(stage_dir, step):
-    """What is wrong with a checkpoint by its checksums, or None; also None if the run was stopped before noting them."""
+    """What its checksums say is wrong with a checkpoint, or None; a run may be stopped before it notes them."""
     path = _checksums_path(stage_dir, step)
     if not path.exists():
         return None

@@ -111,6 +111,7 @@ def evaluate(run, progress):
             if entry.stage.model not in warm:
                 _samples(run, entry, loaded[1], w, num=1, num_steps=1)
                 warm.add(entry.stage.model)
+                progress.begin()
             samples = _samples(run, entry, loaded[1], w, num=num, num_steps=entry.num_steps)
             if entry.reference:
                 # Half precision holds an image to 1e-3 of its range, and 50,000 of them in memory.
@@ -124,6 +125,7 @@ def evaluate(run, progress):
     if run.is_main:
         pictures.save_png(run.workdir / "comparison.png", _comparison(run.experiment, entries, shown))
         progress.say_table(_table(summary))
+        progress.say(f"{run.workdir / 'comparison.png'}: samples; {run.workdir / 'summary.json'}: these figures")
     return summary
 
 

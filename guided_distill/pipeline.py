@@ -242,6 +242,7 @@ def train_stage(this, stage, progress):
 
     def make_writer(restored_step):
         done[0] = restored_step
+        progress.begin()
         progress.skip(restored_step * stage.work_per_update)
         writer = metrics.MetricWriter(directory, restored_step=restored_step, enabled=this.is_main)
         if restored_step == 0:

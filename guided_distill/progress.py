@@ -16,12 +16,14 @@ def _clock(seconds):
 class RunProgress:
     """Progress over work counted in forward passes of one image, so that training and sampling add up.
 
-    `total` is the work of the whole run. Work that an earlier run did is `skip`ped: it fills the bar and does not
-    count for the rate. `enabled=False`, on every process but the first, shows nothing.
+    `total` is the work of the whole run. Work that an earlier run did is `skip`ped: it fills the bar and does not count
+    for the rate, nor does the first work after `begin`, which waits for programs to be compiled. `enabled=False`, on
+    every process but the first, shows nothing.
     """
 
     def __init__(self, total, *, enabled=True, console=None, clock=time.monotonic):
         self._total, self._done, self._worked, self._busy = total, 0.0, 0.0, 0.0
+        self._compiling = False
         self._clock_now, self._last, self._last_line = clock, clock(), -_LINE_EVERY_SECONDS
         self._console = console or Console(stderr=True, quiet=not enabled)
         self._bar = None
@@ -43,6 +45,10 @@ class RunProgress:
         if self._bar:
             self._bar.stop()
 
+    def begin(self):
+        """A stage begins: the next work done will have waited for its compilation."""
+        self._compiling, self._last = True, self._clock_now()
+
     def skip(self, work):
         """Work found done."""
         self._done += work
@@ -51,17 +57,19 @@ class RunProgress:
     def advance(self, work, title, note=""):
         """Work just done; `title` says where the run is (stage and step), `note` what it sees."""
         now = self._clock_now()
-        self._busy += now - self._last
-        self._last = now
+        if not self._compiling:
+            self._busy += now - self._last
+            self._worked += work
+        self._compiling, self._last = False, now
         self._done += work
-        self._worked += work
-        left = (self._total - self._done) * self._busy / max(self._worked, 1e-9)
-        note = f"{note}  {_clock(max(left, 0.0))} left"
+        if self._worked:
+            left = (self._total - self._done) * self._busy / self._worked
+            note = "  ".join(filter(None, [note, f"{_clock(max(left, 0.0))} left"]))
         if self._bar:
             self._bar.update(self._task, completed=self._done, description=title, note=note)
         elif now - self._last_line >= _LINE_EVERY_SECONDS:
             self._last_line = now
-            self.say(f"{100 * self._done / self._total:3.0f}%  {title}  {note}")
+            self.say(f"{100 * self._done / self._total:3.0f}%  {title}  {note}".rstrip())
 
     def say(self, text):
         """A line that stays."""

@@ -29,8 +29,12 @@ def test_what_a_run_leaves(finished):
     assert sorted(path.name for path in finished.iterdir() if path.is_dir()) == STAGES
     for name in STAGES:
         stage = finished / name
-        assert (stage / "STAGE_COMPLETE").exists() and list(stage.glob("events.*")) and list(stage.glob("samples/*.png"))
-        assert [line["step"] for line in metrics.read_metrics(stage)] == list(range(1, 7 if name == "00_teacher" else 5))
+        assert (
+            (stage / "STAGE_COMPLETE").exists() and list(stage.glob("events.*")) and list(stage.glob("samples/*.png"))
+        )
+        assert [line["step"] for line in metrics.read_metrics(stage)] == list(
+            range(1, 7 if name == "00_teacher" else 5)
+        )
     assert json.loads((finished / "config.json").read_text())["stage1"]["w_max"] == 4.0
     assert (finished / "comparison.png").stat().st_size > 1000
 

@@ -30,6 +30,17 @@ def test_time_left_comes_from_work_done_here_alone():
     assert lines_of(run) == [" 60%  stage1 10/50  loss 1  2:00 left"]
 
 
+def test_the_time_of_compilation_does_not_count():
+    def run(progress, clock):
+        progress.begin()
+        clock.now += 500.0
+        progress.advance(100.0, "teacher 1/9")
+        clock.now += 20.0
+        progress.advance(100.0, "teacher 2/9")
+
+    assert lines_of(run) == [" 10%  teacher 1/9", " 20%  teacher 2/9  2:40 left"]
+
+
 def test_lines_come_now_and_then():
     def run(progress, clock):
         for _ in range(100):

@@ -73,9 +73,7 @@ def test_guided_gaussian_follows_its_table_and_tends_to_the_exact_flow():
     w = jnp.array([*GUIDED, *GUIDED])
     cond = {"label": jnp.zeros(len(w), jnp.int32), "w": w}
     moments = analytic.classes([1.0], 0.5, 0.75**0.5)
-    teacher = classifier_free(
-        analytic.gaussian(COSINE, moments), lambda cond: {"label": jnp.ones_like(cond["label"])}
-    )
+    teacher = classifier_free(analytic.gaussian(COSINE, moments), lambda cond: {"label": jnp.ones_like(cond["label"])})
     grid = jax_grid(COSINE, 1024)
     sample = quick_jit(lambda z, num_steps: samplers.deterministic(teacher, grid, z, cond, num_steps))
     exact = np.array([row[0] for row in GUIDED.values()]).T
