@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from guided_distill import guidance, optim, sharding
+from guided_distill import compilation, guidance, optim, sharding
 from guided_distill.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -44,7 +44,8 @@ def make_train_step(objective, student, teacher, optimiser, mesh):
         return state, {"loss": loss, **named, **optimisation, "param_norm": optax.tree.norm(state.params)}
 
     whole = sharding.replicated(mesh)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole))
+    options = compilation.compiler_options(mesh)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole), compiler_options=options)
 
 
 @dataclasses.dataclass(frozen=True)
