@@ -234,23 +234,41 @@ def train_stage(this, stage, progress):
         process_count=jax.process_count(),
     )
     step_fn = train.make_train_step(stage.objective, stage.model, stage.teacher, training.optimiser, mesh)
-    done = [0]
+    with Checkpoints(directory, keep=experiment.checkpoint.keep) as checkpoints:
+        train.fit(
+            _loop(this, stage, progress),
+            step_fn,
+            state,
+            frozen,
+            batches,
+            _knobs(this, stage),
+            key,
+            mesh=mesh,
+            checkpoints=checkpoints,
+            make_writer=functools.partial(_make_writer, this, stage, metrics.parameter_overview(params)),
+        )
+    if this.is_main:
+        mark_complete(directory, json.dumps({"stage": stage.name, "step": training.updates}) + "\n")
 
-    def on_step(step, note):
-        progress.advance((step - done[0]) * stage.work_per_update, f"{stage.name} {step}/{training.updates}", note)
-        done[0] = step
 
-    def make_writer(restored_step):
-        done[0] = restored_step
+def _make_writer(this, stage, overview, restored_step):
+    writer = metrics.MetricWriter(stage.directory(this.workdir), restored_step=restored_step, enabled=this.is_main)
+    if restored_step == 0:
+        writer.text(0, {"parameters": overview, "config": (this.workdir / "config.json").read_text()})
+    return writer
+
+
+def _loop(this, stage, progress):
+    experiment, training = this.experiment, stage.training
+
+    def on_start(step):
         progress.begin()
-        progress.skip(restored_step * stage.work_per_update)
-        writer = metrics.MetricWriter(directory, restored_step=restored_step, enabled=this.is_main)
-        if restored_step == 0:
-            overview = metrics.parameter_overview(state.params)
-            writer.text(0, {"parameters": overview, "config": (this.workdir / "config.json").read_text()})
-        return writer
+        progress.skip(step * stage.work_per_update)
 
-    loop = train.Loop(
+    def on_step(step, steps, note):
+        progress.advance(steps * stage.work_per_update, f"{stage.name} {step}/{training.updates}", note)
+
+    return train.Loop(
         name=stage.name,
         updates=training.updates,
         batch_size=training.batch_size,
@@ -258,25 +276,9 @@ def train_stage(this, stage, progress):
         log_every=experiment.log.every,
         sample_every=experiment.log.sample_every,
         sample=functools.partial(_write_samples, this, stage),
+        on_start=on_start,
         on_step=on_step,
     )
-    with Checkpoints(directory, keep=experiment.checkpoint.keep) as checkpoints:
-        knobs = _knobs(this, stage)
-        train.fit(
-            loop,
-            step_fn,
-            state,
-            frozen,
-            batches,
-            knobs,
-            key,
-            mesh=mesh,
-            checkpoints=checkpoints,
-            make_writer=make_writer,
-            rate=metrics.RateMeter(),
-        )
-    if this.is_main:
-        mark_complete(directory, json.dumps({"stage": stage.name, "step": training.updates}) + "\n")
 
 
 def _knobs(this, stage):

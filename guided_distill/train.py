@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from guided_distill import compilation, guidance, optim, sharding
+from guided_distill import compilation, guidance, metrics, optim, sharding
 from guided_distill.errors import UserError
 
-_log = logging.getLogger(__name__)
 _MAX_SKIPPED = 20  # non-finite updates in a row before a run is given up: more than a spike, and far from an epoch
 
 
@@ -58,11 +56,12 @@ class Loop:
     checkpoint_every: int
     log_every: int
     sample_every: int  # 0: never
-    sample: Callable[[Any, int], None]  # (state, step): a look at the student on the way
-    on_step: Callable[[int, str], None]  # (step, note): progress
+    sample: Callable[[Any, Any, int], None]  # (writer, state, step): a look at the student on the way
+    on_start: Callable[[int], None]  # (step it goes on from)
+    on_step: Callable[[int, int, str], None]  # (step, steps since the last call, note): progress
 
 
-def fit(loop, step_fn, state, frozen, batches, knobs, key, *, mesh, checkpoints, make_writer, rate):
+def fit(loop, step_fn, state, frozen, batches, knobs, key, *, mesh, checkpoints, make_writer):
     """Trains to `loop.updates`, going on from the newest checkpoint; returns the final TrainState, saved.
 
     `batches` yields this process's rows; `make_writer(restored_step)` opens the metrics. Raises UserError when
@@ -73,7 +72,9 @@ def fit(loop, step_fn, state, frozen, batches, knobs, key, *, mesh, checkpoints,
         state, iterator_state = restored
         batches.set_state(iterator_state)
     start, pending = int(state.step), None
+    loop.on_start(start)
     with make_writer(start) as writer:
+        report = _Reporter(loop, writer, start)
         # evaluate -> save -> next(batch) -> step -> write the metrics of the step before. A state is saved before the
         # batch that follows it is drawn, so a resumed run draws that very batch; and reading a step's metrics after
         # the next one has been dispatched never makes the device wait. Saving waits for it anyway, and the metrics up
@@ -83,32 +84,41 @@ def fit(loop, step_fn, state, frozen, batches, knobs, key, *, mesh, checkpoints,
             if loop.sample_every and (done or step % loop.sample_every == 0) and step != start:
                 loop.sample(writer, state, step)
             if (done or step % loop.checkpoint_every == 0) and step != checkpoints.latest_step():
-                pending = _report(loop, writer, rate, step, pending)
+                report(step, pending)
+                pending = None
                 checkpoints.save(step, state, batches.get_state())
             checkpoints.seal_if_written()
-            metrics = None
+            metrics_of_step = None
             if not done:
                 batch = sharding.shard_batch(mesh, next(batches))
-                state, metrics = step_fn(state, frozen, batch, knobs, key)
-            _report(loop, writer, rate, step, pending)
-            pending = metrics
+                state, metrics_of_step = step_fn(state, frozen, batch, knobs, key)
+            report(step, pending)
+            pending = metrics_of_step
     return state
 
 
-def _report(loop, writer, rate, step, metrics):
-    """Writes and shows the metrics of update number `step`, if it is due and there are any."""
-    if metrics is None or (step % loop.log_every and step != loop.updates):
-        return
-    metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    if metrics["skipped"] >= _MAX_SKIPPED:
-        raise UserError(
-            f"stage {loop.name}, update {step}: the last {metrics['skipped']:.0f} gradients were not finite; "
-            "lower its learning_rate. The checkpoints before it are kept"
-        )
-    steps_per_second = rate.update(step)
-    note = f"loss {metrics['loss']:.4g}"
-    if steps_per_second is not None:
-        metrics["images_per_second"] = steps_per_second * loop.batch_size
-        note += f"  {metrics['images_per_second']:.0f} images/s"
-    writer.scalars(step, metrics)
-    loop.on_step(step, note)
+class _Reporter:
+    """Writes and shows the metrics of an update, when they are due; gives up on a run of non-finite gradients."""
+
+    def __init__(self, loop, writer, start):
+        self._loop, self._writer, self._reported = loop, writer, start
+        self._rate = metrics.RateMeter()
+
+    def __call__(self, step, values):
+        loop = self._loop
+        if values is None or (step % loop.log_every and step != loop.updates):
+            return
+        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        if values["skipped"] >= _MAX_SKIPPED:
+            raise UserError(
+                f"stage {loop.name}, update {step}: the last {values['skipped']:.0f} gradients were not finite; "
+                "lower its learning_rate. The checkpoints before it are kept"
+            )
+        note = f"loss {values['loss']:.4g}"
+        steps_per_second = self._rate.update(step)
+        if steps_per_second is not None:
+            values["images_per_second"] = steps_per_second * loop.batch_size
+            note += f"  {values['images_per_second']:.0f} images/s"
+        self._writer.scalars(step, values)
+        loop.on_step(step, step - self._reported, note)
+        self._reported = step
