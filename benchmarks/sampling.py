@@ -13,7 +13,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from guided_distill import diffusion, generate, pipeline, samplers, sharding
+from guided_distill import compilation, diffusion, generate, pipeline, samplers, sharding
 from guided_distill.experiment import from_config
 
 TEACHER_STEPS, STUDENT_STEPS, RUNS = 1024, 4, 3
@@ -39,13 +39,13 @@ def sampler_call(model, params, grid, mesh, batch_size, num_steps):
     return lambda: sample(params, grid, keys, cond, steps)
 
 
-def network_call(model, params, batch_size):
+def network_call(model, params, mesh, batch_size):
     """One jitted evaluation of the network on `batch_size` images."""
     z = jnp.zeros((batch_size, *model.sample_shape))
     one = jnp.ones(batch_size)
     cond = {"label": jnp.zeros(batch_size, jnp.int32), "w": one}
-    forward = jax.jit(lambda params: model.model_fn(params, z, one, cond))
-    return lambda: forward(params)
+    forward = jax.jit(model.model_fn, compiler_options=compilation.compiler_options(mesh))
+    return lambda: forward(params, z, one, cond)
 
 
 def main():
@@ -71,7 +71,7 @@ def main():
         slow = median_seconds(sampler_call(teacher, teacher_params, grid, mesh, batch_size, TEACHER_STEPS))
         fast = median_seconds(sampler_call(student, student_params, grid, mesh, batch_size, STUDENT_STEPS), 3 * RUNS)
         eight = median_seconds(sampler_call(student, student_params, grid, mesh, batch_size, 8), 9 * RUNS)
-        one = median_seconds(network_call(student, student_params, batch_size), 27 * RUNS)
+        one = median_seconds(network_call(student, student_params, mesh, batch_size), 27 * RUNS)
         per_image = 1e3 / batch_size
         print(
             f"{batch_size:5d}  {slow * per_image:23.2f}  {fast * per_image:18.3f}  {slow / fast:12.0f}"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import time
 import zlib
 
 import jax
@@ -10,7 +11,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from guided_distill.errors import UserError
-from guided_distill.files import write_whole
+from guided_distill.files import absolute, write_whole
 
 _log = logging.getLogger(__name__)
 COMPLETE = "STAGE_COMPLETE"
@@ -34,13 +35,15 @@ class Checkpoints:
 
     def __init__(self, stage_dir, *, keep=2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._stage_dir = epath.Path(stage_dir)
-        self._manager = ocp.CheckpointManager(_step_dir(stage_dir, "x").parent, options=options)
+        self._stage_dir = absolute(stage_dir)
+        self._manager = ocp.CheckpointManager(_step_dir(self._stage_dir, "x").parent, options=options)
         self._unsealed = None
 
     def save(self, step, state, iterator_state):
         """Starts writing the TrainState and the state of the batch iterator (JSON) at `step`."""
         self._seal()
+        if jax.process_index() == 0:
+            _checksums_path(self._stage_dir, step).unlink(missing_ok=True)
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), batches=ocp.args.JsonSave(iterator_state)),
@@ -63,24 +66,38 @@ class Checkpoints:
         """(state, iterator state) of the newest undamaged checkpoint, or None where there is none.
 
         `like` is a state (or its shapes) whose structure and shardings the restored one takes. A checkpoint that is
-        damaged is named in the log and deleted, and the one before it is used.
+        damaged is named in the log and moved out of the way, and the one before it is used. Raises UserError for one
+        that is whole and still cannot be restored: it is of another model or of another version of this code.
         """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            damage = _damage(self._stage_dir, step)
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)),
+            batches=ocp.args.JsonRestore(),
+        )
+        steps = sorted(self._manager.all_steps())
+        while steps:
+            step = steps.pop()
+            known, damage = _damage(self._stage_dir, step)
             if damage is None:
                 try:
-                    arguments = ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract), batches=ocp.args.JsonRestore()
-                    )
                     item = self._manager.restore(step, args=arguments)
                     return item["state"], item["batches"]
                 except Exception as error:  # Orbax and TensorStore raise what they like for a damaged file.
                     damage = _reason(error)
-            where = _step_dir(self._stage_dir, step)
-            _log.warning("checkpoint %s cannot be read (%s); going back to the one before it", where, damage)
-            self._manager.delete(step)
+                    if known:
+                        where = _step_dir(self._stage_dir, step)
+                        raise UserError(f"{where} is whole but not of this model or code ({damage})") from error
+            self._move_aside(step)
+            then = "going back to the one before it" if steps else "starting this stage over"
+            _log.warning("checkpoint %s cannot be read (%s); %s", _step_dir(self._stage_dir, step), damage, then)
         return None
+
+    def _move_aside(self, step):
+        if jax.process_index() == 0:
+            aside = self._stage_dir / "damaged"
+            aside.mkdir(parents=True, exist_ok=True)
+            _step_dir(self._stage_dir, step).rename(aside / f"{step}_{time.time_ns()}")
+            _checksums_path(self._stage_dir, step).unlink(missing_ok=True)
+        self._manager.reload()
 
     def latest_step(self):
         """The newest step on disk, or None."""
@@ -132,17 +149,17 @@ def _write_checksums(stage_dir, step):
 
 
 def _damage(stage_dir, step):
-    """What its checksums say is wrong with a checkpoint, or None; a run may be stopped before it notes them."""
+    """(whether checksums were noted, what they say is wrong or None); a run may be stopped before it notes them."""
     path = _checksums_path(stage_dir, step)
     if not path.exists():
-        return None
+        return False, None
     for name, expected in json.loads(path.read_text()).items():
         file = _step_dir(stage_dir, step) / name
         found = _checksum(file) if file.exists() else None
         if found != expected:
             what = "is missing" if found is None else "is truncated" if found[0] < expected[0] else "was changed"
-            return f"{name} {what}"
-    return None
+            return True, f"{name} {what}"
+    return True, None
 
 
 def _reason(error):
@@ -159,30 +176,35 @@ def is_complete(stage_dir):
     return (epath.Path(stage_dir) / COMPLETE).exists()
 
 
-def load_eval_params(path, sharding):
-    """The parameters to sample with (the moving average where there is one) of the newest checkpoint under `path`.
-
-    `path` is a stage directory, or a run's workdir, whose teacher stage is then meant. Raises UserError where there
-    is none or it cannot be read.
-    """
-    path = epath.Path(path)
+def find_stage(path):
+    """The stage directory that `path` names: itself, or the teacher's of a run's workdir. Raises UserError for none."""
+    path = absolute(path)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint; give a stage directory of an earlier run, or its workdir")
     stages = [path] if (path / "checkpoints").exists() else sorted(path.glob("[0-9][0-9]_teacher"))
     if not stages:
         raise UserError(f"{path}: holds no checkpoints/; give a stage directory of an earlier run, or its workdir")
-    directory = stages[0] / "checkpoints"
-    steps = sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit()), reverse=True)
+    return stages[0]
+
+
+def load_eval_params(path, sharding):
+    """The parameters to sample with (the moving average where there is one) of the newest checkpoint of a stage.
+
+    `path` as in `find_stage`. Raises UserError where there is none or it cannot be read.
+    """
+    stage_dir = find_stage(path)
+    steps = [int(p.name) for p in (stage_dir / "checkpoints").iterdir() if p.name.isdigit()]
     if not steps:
-        raise UserError(f"{directory}: holds no finished checkpoint")
-    newest = steps[0]
-    damage = _damage(stages[0], newest)
-    if damage is not None:
-        raise UserError(f"{directory / str(newest)} cannot be read ({damage})")
-    try:
-        return _read_eval_params(directory / str(newest), sharding)
-    except Exception as error:  # as above
-        raise UserError(f"{directory / str(newest)} cannot be read ({_reason(error)})") from error
+        raise UserError(f"{stage_dir / 'checkpoints'}: holds no finished checkpoint")
+    newest = _step_dir(stage_dir, max(steps))
+    _, damage = _damage(stage_dir, max(steps))
+    if damage is None:
+        try:
+            return _read_eval_params(newest, sharding)
+        except Exception as error:  # as above
+            damage = _reason(error)
+    remedy = f"delete {stage_dir / COMPLETE} and run again: the stage goes on from the checkpoint before it"
+    raise UserError(f"{newest} cannot be read ({damage}); {remedy}")
 
 
 def _read_eval_params(path, sharding):

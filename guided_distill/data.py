@@ -120,10 +120,15 @@ def make_batches(source, *, batch_size: int, seed: int, flip: bool, process_inde
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
 
-def read_range(source, start: int, stop: int) -> dict:
-    """Records start..stop in stored order and without augmentation, as make_batches gives them."""
-    indices = np.arange(start, stop)
+def read_records(source, indices) -> dict:
+    """The records `indices`, in that order and without augmentation, as make_batches gives them."""
+    indices = np.asarray(indices)
     return _read(source, indices, np.zeros(len(indices), bool))
+
+
+def read_range(source, start: int, stop: int) -> dict:
+    """Records start..stop in stored order, as `read_records` gives them."""
+    return read_records(source, range(start, stop))
 
 
 def _draw_flip(i: int, rng: np.random.Generator) -> tuple[int, bool]:

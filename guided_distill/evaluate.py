@@ -12,12 +12,14 @@ import numpy as np
 from rich.table import Table
 
 from guided_distill import evaluators, pictures
-from guided_distill.data import read_range
+from guided_distill.data import read_records
+from guided_distill.errors import UserError
 from guided_distill.files import write_whole
 from guided_distill.generate import sample_images
 from guided_distill.models import classifier
 
 _SHOWN = 10  # images in a row of the picture
+_CLASSIFIER_IMAGES = 50_000
 _ROW_KEY = ("stage", "num_steps", "w")
 
 
@@ -79,17 +81,16 @@ def work(experiment, stages):
 def evaluate(run, progress):
     """Measures every model of a finished run; returns the summary, which is also written with a table and a picture.
 
-    Rows that an earlier, interrupted evaluation with the same settings wrote are kept.
+    Rows that are there already, of the same weights and settings, are kept: an interrupted evaluation goes on, and
+    further w or num_steps add rows.
     """
-    config = run.experiment.evaluate
     entries = make_entries(run.experiment, run.stages)
-    kept = _kept_rows(run)
-    total = len(entries) * len(config.w)
-    if len(kept) == total and (run.workdir / "comparison.png").exists():
+    keys = [(entry.stage.name, entry.num_steps, w) for entry in entries for w in run.experiment.evaluate.w]
+    found, rows = _earlier(run)
+    if found is not None and all(key in rows for key in keys) and (run.workdir / "comparison.png").exists():
         progress.skip(work(run.experiment, run.stages))
-        summary = json.loads((run.workdir / "summary.json").read_text())
-        progress.say_table(_table(summary))
-        return summary
+        progress.say_table(_table(found))
+        return found
 
     progress.say("training the classifier that measures")
     measure = _make_measure(run)
@@ -97,31 +98,18 @@ def evaluate(run, progress):
         "rows": [],
         "noise_floor": measure.noise_floor,
         "classifier_test_accuracy": measure.test_accuracy,
-        "evaluate": dataclasses.asdict(config),
+        "evaluate": _settings(run.experiment.evaluate),
         "environment": _environment(),
     }
-    reference, shown, loaded, warm = {}, {}, (None, None), set()
-    for entry in entries:
-        if loaded[0] is not entry.stage:
-            loaded = (entry.stage, run.params_of(entry.stage))
-        for w in config.w:
-            row = kept.get((entry.stage.name, entry.num_steps, w))
-            # Where a row is there, only the reference's images, and the few that the picture shows, are needed again.
-            num = config.num_samples if row is None or entry.reference else min(_SHOWN, config.num_samples)
-            if entry.stage.model not in warm:
-                _samples(run, entry, loaded[1], w, num=1, num_steps=1)
-                warm.add(entry.stage.model)
-                progress.begin()
-            samples = _samples(run, entry, loaded[1], w, num=num, num_steps=entry.num_steps)
-            if entry.reference:
-                # Half precision holds an image to 1e-3 of its range, and 50,000 of them in memory.
-                reference[w] = samples["x"].astype(np.float16)
-            shown[entry, w] = samples["x"][:_SHOWN]
-            row = row or _row(run, entry, w, samples, _measure_samples(measure, samples, reference[w]))
-            summary["rows"].append(row)
-            if run.is_main:
-                write_whole(run.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
-            progress.advance(config.num_samples * entry.calls, f"evaluating {entry.label}", f"w {w:g}")
+    if run.is_main:
+        (run.workdir / "comparison.png").unlink(missing_ok=True)
+    shown = {}
+    for entry, w, row, images in _measured(run, entries, rows, measure, progress):
+        rows[entry.stage.name, entry.num_steps, w] = row
+        shown[entry, w] = images
+        summary["rows"] = [rows[key] for key in keys if key in rows]
+        if run.is_main:
+            write_whole(run.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
     if run.is_main:
         pictures.save_png(run.workdir / "comparison.png", _comparison(run.experiment, entries, shown))
         progress.say_table(_table(summary))
@@ -129,28 +117,74 @@ def evaluate(run, progress):
     return summary
 
 
-def _kept_rows(run):
-    """Rows of an earlier evaluation with the same settings, by (stage, num_steps, w)."""
+def _measured(run, entries, rows, measure, progress):
+    """Yields (entry, w, row, a few images) for all models; a row that `rows` holds is not measured again."""
+    config = run.experiment.evaluate
+    reference, loaded, warm = {}, (None, None), set()
+    for entry in entries:
+        if loaded[0] is not entry.stage:
+            loaded = (entry.stage, run.params_of(entry.stage))
+        if entry.stage.model not in warm:
+            _samples(run, entry, loaded[1], config.w[0], num=1, num_steps=1)  # compiles
+            warm.add(entry.stage.model)
+            progress.begin()
+        for w in config.w:
+            row = rows.get((entry.stage.name, entry.num_steps, w))
+            # Where a row is there, only the reference's images, and the few that the picture shows, are needed again.
+            num = config.num_samples if row is None or entry.reference else min(_SHOWN, config.num_samples)
+            samples = _samples(run, entry, loaded[1], w, num=num, num_steps=entry.num_steps)
+            if entry.reference:
+                # Half precision holds an image to 1e-3 of its range, and 50,000 of them in memory.
+                reference[w] = samples["x"].astype(np.float16)
+            yield (
+                entry,
+                w,
+                row or _row(run, entry, w, samples, _measure_samples(measure, samples, reference[w])),
+                samples["x"][:_SHOWN],
+            )
+            progress.advance(config.num_samples * entry.calls, f"evaluating {entry.label}", f"w {w:g}")
+
+
+def forget(workdir):
+    """Removes what an evaluation wrote: its weights are about to change."""
+    for name in ("summary.json", "comparison.png"):
+        (workdir / name).unlink(missing_ok=True)
+
+
+def _settings(config):
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _earlier(run):
+    """(the summary that is there or None, its rows by (stage, num_steps, w)), if they were measured in the same way."""
     path = run.workdir / "summary.json"
     if not path.exists():
-        return {}
-    summary = json.loads(path.read_text())
-    if summary.get("evaluate") != json.loads(json.dumps(dataclasses.asdict(run.experiment.evaluate))):
-        return {}
-    return {tuple(row[key] for key in _ROW_KEY): row for row in summary["rows"]}
+        return None, {}
+    try:
+        summary = json.loads(path.read_text())
+        theirs, ours = summary["evaluate"], _settings(run.experiment.evaluate)
+        rows = {tuple(row[key] for key in _ROW_KEY): row for row in summary["rows"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a summary of this program ({error}); delete it") from error
+    surface = ("w", "num_steps", "batch_size")
+    if any(theirs.get(key) != ours[key] for key in ours if key not in surface):
+        return None, {}
+    return (summary if theirs == ours else None), rows
 
 
 def _make_measure(run):
     config, dataset = run.experiment.evaluate, run.dataset
-    train, test = (read_range(source, 0, len(source)) for source in (dataset.train, dataset.test))
+    # An even share of a large set: 50,000 images teach the classifier, all of them are the reference.
+    number = min(len(dataset.train), _CLASSIFIER_IMAGES)
+    train = read_records(dataset.train, np.linspace(0, len(dataset.train) - 1, number).astype(int))
+    test = read_records(dataset.test, range(min(len(dataset.test), _CLASSIFIER_IMAGES)))
     params = classifier.train_classifier(
-        train["x"],
-        train["label"],
-        dataset.num_classes,
-        seed=config.seed,
-        updates=config.classifier_updates,
+        train["x"], train["label"], dataset.num_classes, seed=config.seed, updates=config.classifier_updates
     )
-    features = _features_and_logits(params, train["x"])[0]
+    chunks = [range(start, min(start + 5000, len(dataset.train))) for start in range(0, len(dataset.train), 5000)]
+    features = np.concatenate(
+        [_features_and_logits(params, read_records(dataset.train, chunk)["x"])[0] for chunk in chunks]
+    )
     return Measure(
         params=params,
         reference=evaluators.gaussian_stats(features),

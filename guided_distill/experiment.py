@@ -111,7 +111,7 @@ class Experiment:
     checkpoint: CheckpointConfig
 
 
-_FREE_KEYS = ("config.evaluate", "config.log", "config.checkpoint", "config.data.data_dir")
+_FREE_KEYS = ("config.evaluate", "config.log", "config.checkpoint", "config.data.data_dir", "config.data.test_split")
 
 
 def from_config(config):
@@ -173,6 +173,7 @@ def _check(experiment):
     for key, choices in (("parameterisation", diffusion.PARAMETERISATIONS), ("weighting", diffusion.WEIGHTINGS)):
         if getattr(experiment, key) not in choices:
             raise UserError(f"config.{key} is {getattr(experiment, key)!r}; it must be one of {', '.join(choices)}")
+    _check_at_least(experiment)
     teacher_steps = experiment.stage2.teacher_steps
     if teacher_steps < 2 or teacher_steps & (teacher_steps - 1):
         raise UserError(f"config.stage2.teacher_steps is {teacher_steps}; it must be a power of 2, at least 2")
@@ -186,6 +187,25 @@ def _check(experiment):
         if num_steps not in experiment.stage2.rounds():
             trained = ", ".join(map(str, experiment.stage2.rounds()))
             raise UserError(f"config.evaluate.num_steps holds {num_steps}; students are trained for {trained}")
+
+
+def _check_at_least(experiment):
+    least = {
+        **{f"{stage}.{key}": 1 for stage in ("teacher", "stage1", "stage2") for key in ("updates", "batch_size")},
+        **{"stage2.final_updates": 1, "log.every": 1, "log.sample_every": 0, "checkpoint.every": 1},
+        **{"checkpoint.keep": 1, "evaluate.num_samples": 2, "evaluate.batch_size": 1, "model.norm_groups": 1},
+        **{"evaluate.classifier_updates": 1, "data.image_size": 1, "data.channels": 1, "data.num_classes": 1},
+    }
+    for key, bound in least.items():
+        group, name = key.split(".")
+        value = getattr(getattr(experiment, group), name)
+        if value < bound:
+            raise UserError(f"config.{key} is {value}; it must be at least {bound}")
+    if experiment.teacher.num_times is not None and experiment.teacher.num_times < 1:
+        raise UserError(f"config.teacher.num_times is {experiment.teacher.num_times}; it must be at least 1")
+    for name in ("w", "num_steps"):
+        if not getattr(experiment.evaluate, name):
+            raise UserError(f"config.evaluate.{name} is empty; name at least one value")
 
 
 def differing_keys(ours, theirs, path="config"):

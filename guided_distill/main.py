@@ -40,6 +40,16 @@ def _parse(argv):
         raise UserError(f"{' '.join(a for a in argv[1:] if a.startswith('--config'))}: {text}") from error
 
 
+def _integers(flag, words):
+    try:
+        numbers = [int(word) for word in words]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise UserError(f"{flag}={','.join(words)}: must be whole numbers with commas between them")
+    return numbers
+
+
 def _dispatch():
     # Imported here: a mistyped flag should not wait for JAX.
     from guided_distill import pipeline, plan, prepare_data, sample
@@ -56,7 +66,7 @@ def _dispatch():
     elif _MODE.value == "prepare_data":
         prepare_data.prepare(from_config(config).data)
     else:
-        labels = None if _LABELS.value is None else [int(label) for label in _LABELS.value]
+        labels = None if _LABELS.value is None else _integers("--labels", _LABELS.value)
         sample.sample(
             config,
             workdir,

@@ -10,19 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from guided_distill import diffusion, evaluate, guidance, metrics, pictures, sharding, train
-from guided_distill.checkpoint import Checkpoints, is_complete, load_eval_params, mark_complete
+from guided_distill.checkpoint import Checkpoints, find_stage, is_complete, load_eval_params, mark_complete
 from guided_distill.data import load_dataset, make_batches
 from guided_distill.errors import UserError
 from guided_distill.experiment import Experiment, Training, differing_keys, from_config
-from guided_distill.files import write_whole
+from guided_distill.files import absolute, write_whole
 from guided_distill.generate import sample_images
 from guided_distill.models import BACKBONES, make_model_fn
 from guided_distill.objectives import Knobs, make_denoise, make_stage1, make_stage2
 from guided_distill.progress import RunProgress
-from guided_distill.state import make_state, student_params
+from guided_distill.state import check_same_model, make_state, student_params
 
 _log = logging.getLogger(__name__)
 _GRID_IMAGES = 64
@@ -48,7 +47,7 @@ class Stage:
 
     def directory(self, workdir):
         """`workdir/<nn>_<name>`."""
-        return epath.Path(workdir) / f"{self.position:02d}_{self.name}"
+        return workdir / f"{self.position:02d}_{self.name}"
 
 
 @functools.cache
@@ -137,7 +136,7 @@ class Run:
     def checkpoint_of(self, stage):
         """Where the weights of a finished stage are: its directory, or the teacher checkpoint that was given."""
         outside = self.experiment.teacher.checkpoint
-        return epath.Path(outside) if stage.name == "teacher" and outside else stage.directory(self.workdir)
+        return absolute(outside) if stage.name == "teacher" and outside else stage.directory(self.workdir)
 
     def params_of(self, stage):
         """The weights to sample with that a finished stage left."""
@@ -165,15 +164,48 @@ def open_run(config, workdir, *, create=True) -> Run:
     """
     experiment = from_config(config)
     mesh = sharding.make_mesh()
-    for name in ("teacher", "stage1", "stage2", "evaluate"):
+    for name in ("teacher", "stage1", "stage2", "evaluate") if create else ("evaluate",):
         sharding.check_batch(mesh, f"config.{name}.batch_size", getattr(experiment, name).batch_size)
+    _check_network(experiment)
     grid = sharding.replicate(mesh, diffusion.make_grid(experiment.schedule, experiment.stage2.teacher_steps))
-    run = Run(experiment, epath.Path(workdir), mesh, make_stages(experiment), grid)
+    run = Run(experiment, absolute(workdir), mesh, make_stages(experiment), grid)
+    if experiment.teacher.checkpoint:
+        _check_outside_teacher(config, experiment.teacher.checkpoint)
     _check_same_config(run, config)
     if create:
         _ = run.dataset  # loaded before anything is written: a mistake in the data section leaves no workdir behind
         _claim_workdir(run, config)
     return run
+
+
+def param_shapes(experiment, w_conditioned):
+    """The tree of parameters as ShapeDtypeStructs: nothing is computed."""
+    return jax.eval_shape(functools.partial(initial_params, experiment, w_conditioned), jax.random.key(0))
+
+
+def _check_network(experiment):
+    try:
+        param_shapes(experiment, True)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        shape = "x".join(map(str, experiment.data.image_shape))
+        reason = str(error).strip().splitlines()[0][:160]
+        raise UserError(f"config.model does not make a network for {shape} images: {reason}") from error
+
+
+def _check_outside_teacher(config, path):
+    """Raises UserError unless the teacher at `path` has finished and was made with the same network and schedule."""
+    stage_dir = find_stage(path)
+    if not is_complete(stage_dir):
+        raise UserError(f"config.teacher.checkpoint: {stage_dir} is not finished; finish it with --mode=run first")
+    if "_teacher" not in stage_dir.name:
+        raise UserError(f"config.teacher.checkpoint: {stage_dir} is a student's; a teacher is needed")
+    made_with = stage_dir.parent / "config.json"
+    if made_with.exists():
+        keys = ("model", "schedule", "parameterisation")
+        theirs = json.loads(made_with.read_text())
+        lines = differing_keys({k: config[k] for k in keys}, {k: theirs.get(k) for k in keys})
+        if lines:
+            raise UserError(f"config.teacher.checkpoint: {stage_dir} is another model ({'; '.join(lines)})")
 
 
 def _check_same_config(run, config):
@@ -217,13 +249,19 @@ def train_stage(this, stage, progress):
     """Trains one stage to its end, from its newest checkpoint if there is one, and marks it complete."""
     experiment, mesh, training = this.experiment, this.mesh, stage.training
     directory = stage.directory(this.workdir)
+    if this.is_main:
+        evaluate.forget(this.workdir)
     key = jax.random.fold_in(jax.random.key(experiment.seed), stage.position)
     frozen = {}
     if stage.teacher is None:
         params = initial_params(experiment, False, key)
     else:
-        frozen["teacher"] = this.params_of(this.stages[stage.position - 1])
-        params = student_params(frozen["teacher"], initial_params(experiment, True, key))
+        before = this.stages[stage.position - 1]
+        frozen["teacher"] = this.params_of(before)
+        like = param_shapes(experiment, stage.teacher.w_conditioned)
+        check_same_model(frozen["teacher"], like, this.checkpoint_of(before))
+        fresh = frozen["teacher"] if stage.teacher.w_conditioned else initial_params(experiment, True, key)
+        params = student_params(frozen["teacher"], fresh)
     state = sharding.replicate(mesh, make_state(params, training.optimiser))
     batches = make_batches(
         this.dataset.train,
@@ -318,7 +356,7 @@ def _write_samples(this, stage, writer, state, step):
 
 def evaluate_run(config, workdir):
     """Measures the models of a finished run again, with the config's `evaluate` section."""
-    this = open_run(config, workdir)
+    this = open_run(config, workdir, create=False)
     this.require_finished()
     with RunProgress(evaluate.work(this.experiment, this.stages), enabled=this.is_main) as progress:
         return evaluate.evaluate(this, progress)

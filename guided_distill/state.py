@@ -35,19 +35,27 @@ def make_state(params, optimiser):
     return TrainState(step, params, ema, make_optimiser(optimiser).init(params), skipped)
 
 
-def student_params(teacher_params, fresh_params, fresh_module_names=("w1", "w2")):
-    """The teacher's weights by path, fresh ones only for the branch that takes w (arXiv 2210.03142, section 3.1).
-
-    Raises UserError when the trees differ in anything else.
-    """
-    teacher = flax.traverse_util.flatten_dict(teacher_params)
-    student = flax.traverse_util.flatten_dict(fresh_params)
-    left_over = teacher.keys() - student.keys()
-    missing = {path for path in student.keys() - teacher.keys() if not set(path) & set(fresh_module_names)}
-    unlike = {path for path in student.keys() & teacher.keys() if student[path].shape != teacher[path].shape}
-    for what, paths in (("lacks", missing), ("has unknown", left_over), ("has another shape of", unlike)):
+def check_same_model(params, like, what):
+    """Raises UserError, naming the first parameter, unless two trees have the same paths and shapes."""
+    ours, theirs = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (like, params))
+    for problem, paths in (
+        ("lacks", ours.keys() - theirs.keys()),
+        ("has unknown", theirs.keys() - ours.keys()),
+        (
+            "has another shape of",
+            {path for path in ours.keys() & theirs.keys() if ours[path].shape != theirs[path].shape},
+        ),
+    ):
         if paths:
-            raise UserError(f"the teacher's checkpoint {what} {'/'.join(min(paths))}: it is of another model")
+            raise UserError(f"{what} {problem} {min(paths)}: it is a checkpoint of another model")
+
+
+def student_params(teacher_params, fresh_params):
+    """The teacher's weights by path, and fresh ones for what it lacks: the branch that takes w.
+
+    (arXiv 2210.03142, section 3.1.) Copies: the step donates its state, and the teacher is still needed.
+    """
+    teacher, student = (flax.traverse_util.flatten_dict(tree) for tree in (teacher_params, fresh_params))
     return flax.traverse_util.unflatten_dict(
         {path: jnp.copy(teacher.get(path, value)) for path, value in student.items()}
     )

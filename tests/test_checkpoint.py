@@ -80,6 +80,28 @@ def test_a_flipped_bit_is_found(tmp_path, caplog):
     assert same(restore(tmp_path)[0], state_at(1)) and "was changed" in caplog.text
 
 
+def test_a_whole_checkpoint_of_another_model_is_refused_and_kept(tmp_path):
+    write(tmp_path, [1])
+    other = sharding.replicate(MESH, make_state({"kernel": jnp.ones((3, 3))}, OptimiserConfig(ema=0.9)))
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="checkpoints/1 is whole but not of this"):
+        checkpoints.restore_newest(other)
+    assert same(restore(tmp_path)[0], state_at(1))
+
+
+def test_a_damaged_checkpoint_is_moved_and_not_lost(tmp_path, caplog):
+    write(tmp_path, [1])
+    truncate_largest_file(tmp_path / "checkpoints" / "1")
+    restore(tmp_path)
+    assert "starting this stage over" in caplog.text
+    assert [path.name.split("_")[0] for path in (tmp_path / "damaged").iterdir()] == ["1"]
+
+
+def test_paths_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("run/00_teacher", [1])
+    assert same(load_eval_params("run", sharding.replicated(MESH)), state_at(1).ema)
+
+
 def test_a_missing_file_is_found(tmp_path, caplog):
     write(tmp_path, [1, 2])
     next(path for path in (tmp_path / "checkpoints" / "2").rglob("*") if path.is_file()).unlink()

@@ -9,7 +9,8 @@ from guided_distill import pipeline
 from guided_distill.errors import UserError
 from guided_distill.experiment import differing_keys, from_config
 
-CONFIGS = sorted(path.stem for path in pathlib.Path("configs").glob("*.py") if path.stem not in ("common", "__init__"))
+REPO = pathlib.Path(__file__).parents[1]
+CONFIGS = sorted(path.stem for path in (REPO / "configs").glob("*.py") if path.stem not in ("common", "__init__"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -54,6 +55,12 @@ def test_the_papers_configs_have_the_papers_numbers():
         ("evaluate.num_steps", (3,), "config.evaluate.num_steps holds 3; students are trained for 2, 1"),
         ("stage1.w_min", 9.0, "w_min 9.0 and w_max 4.0"),
         ("data", 3, "config.data is 3; it must be a group of keys"),
+        ("evaluate.w", (), "config.evaluate.w is empty"),
+        ("log.every", 0, "config.log.every is 0; it must be at least 1"),
+        ("checkpoint.keep", 0, "config.checkpoint.keep is 0"),
+        ("stage1.batch_size", 0, "config.stage1.batch_size is 0"),
+        ("evaluate.num_samples", 1, "config.evaluate.num_samples is 1; it must be at least 2"),
+        ("teacher.num_times", 0, "config.teacher.num_times is 0"),
         ("evaluate.w", 1.0, "config.evaluate.w is 1.0; it must be a list"),
     ],
 )
@@ -71,6 +78,15 @@ def test_a_missing_key_is_named():
     del config["stage1"]["updates"]
     with pytest.raises(UserError, match="config.stage1.updates is missing"):
         from_config(config)
+
+
+@pytest.mark.parametrize(
+    "values", [{"model.patch": 3}, {"model.norm_groups": 3}, {"model.dtype": "float99"}], ids=lambda v: next(iter(v))
+)
+def test_a_network_that_cannot_be_built_gets_one_line(values, tmp_path):
+    with pytest.raises(UserError, match="config.model does not make a network for 8x8x1 images: .+") as error:
+        pipeline.open_run(tiny_config(**values), tmp_path / "new")
+    assert "\n" not in str(error.value) and not (tmp_path / "new").exists()
 
 
 def test_integers_stand_for_floats_and_lists_for_tuples():

@@ -47,12 +47,9 @@ def finished(tmp_path_factory):
 
 def final_params(workdir):
     """Bytes of all final checkpoints' arrays, by stage."""
-    from tiny import tiny_config
-
     from guided_distill import sharding
     from guided_distill.checkpoint import load_eval_params
 
-    del tiny_config
     whole = sharding.replicated(sharding.make_mesh())
     return {path.name: load_eval_params(path, whole) for path in sorted(workdir.glob("[0-9][0-9]_*"))}
 
@@ -109,6 +106,19 @@ def test_sample_writes_a_grid_or_arrays(finished, tmp_path):
     assert Image.open(tmp_path / "grid.png").size[0] > 40
     samples = np.load(tmp_path / "samples.npz", allow_pickle=False)
     assert samples["x"].shape == (6, 8, 8, 1) and list(samples["label"]) == [3, 7, 3, 7, 3, 7]
+
+
+def test_the_default_workdir_is_runs_and_the_stem_of_the_config(finished, tmp_path):
+    import shutil
+
+    # As typed in a directory of one's own, with a relative workdir: here a finished one, so that nothing is trained.
+    shutil.copytree(REPO / "configs", tmp_path / "configs")
+    shutil.copytree(finished, tmp_path / "runs" / "digits")
+    line, options = command(*TINY)
+    options.update(cwd=tmp_path, env={**options["env"], "PYTHONPATH": str(REPO)})
+    done = subprocess.run(line, capture_output=True, **options)
+    assert done.returncode == 0, done.stderr
+    assert "stage2_det_0001: already trained" in done.stderr
 
 
 def test_dry_run_lists_the_stages_and_writes_nothing(tmp_path):

@@ -199,11 +199,10 @@ def test_labels_are_dropped_at_the_given_rate_and_otherwise_kept(rate, low, high
     np.testing.assert_array_equal(cond["label"][~dropped], make_batch()["label"][~dropped])
 
 
-@pytest.mark.parametrize("dropout", [True, False])
-def test_dropout_of_the_network_is_on_unless_told_otherwise(dropout):
-    apply, compiled = recording(denoise(dropout=dropout), COSINE)
+def test_dropout_of_the_network_is_on():
+    apply, compiled = recording(denoise(), COSINE)
     compiled.lower(make_batch(), make_knobs(), make_keys())
-    assert apply["student"].with_dropout == [dropout]
+    assert apply["student"].with_dropout == [True]
 
 
 def test_denoising_loss_is_least_for_the_posterior_mean():

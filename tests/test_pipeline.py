@@ -1,6 +1,7 @@
 """The whole chain, tiny, in this process; `test_main` runs it as a user does."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -116,10 +117,52 @@ def weights_with(workdir, teacher):
     return {stage.name: jax.device_get(run.params_of(stage)) for stage in run.stages}
 
 
-def test_a_teacher_of_another_model_is_refused(finished, tmp_path):
-    wider = tiny_config(**{"teacher.checkpoint": str(finished), "model.channels": 16})
-    with pytest.raises(UserError, match="another shape of .*: it is of another model"):
-        pipeline.run(wider, tmp_path)
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"model.channels": 16}, "00_teacher is another model .config.model.channels: 8 -> 16"),
+        ({"parameterisation": "eps"}, "config.parameterisation: 'v' -> 'eps'"),
+        ({"teacher.checkpoint": "{finished}/01_stage1"}, "01_stage1 is a student's; a teacher is needed"),
+    ],
+)
+def test_a_teacher_of_another_model_is_refused(finished, tmp_path, values, says):
+    values = {"teacher.checkpoint": "{finished}", **values}
+    values = {
+        key: value.format(finished=finished) if isinstance(value, str) else value for key, value in values.items()
+    }
+    with pytest.raises(UserError, match=says):
+        pipeline.run(tiny_config(**values), tmp_path)
+
+
+def test_a_teacher_without_its_config_is_held_against_the_network(finished, tmp_path):
+    shutil.copytree(finished / "00_teacher", tmp_path / "00_teacher")
+    with pytest.raises(UserError, match="00_teacher has another shape of .*: it is a checkpoint of another model"):
+        pipeline.run(tiny_config(**{"teacher.checkpoint": str(tmp_path), "model.channels": 16}), tmp_path / "new")
+
+
+def test_an_unfinished_teacher_is_refused(finished, tmp_path):
+    shutil.copytree(finished / "00_teacher", tmp_path / "00_teacher", ignore=shutil.ignore_patterns("STAGE_COMPLETE"))
+    with pytest.raises(UserError, match="00_teacher is not finished"):
+        pipeline.open_run(tiny_config(**{"teacher.checkpoint": str(tmp_path)}), tmp_path / "new")
+
+
+def test_figures_of_weights_that_change_are_forgotten(finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    last = workdir / "03_stage2_det_0001"
+    (last / "STAGE_COMPLETE").unlink()
+    stamp = (workdir / "summary.json").stat().st_mtime_ns
+    pipeline.run(tiny_config(), workdir)
+    assert (workdir / "summary.json").stat().st_mtime_ns > stamp
+
+
+def test_more_of_the_surface_keeps_the_rows_there_are(finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    before = json.loads((workdir / "summary.json").read_text())["rows"]
+    pipeline.evaluate_run(tiny_config(**{"evaluate.w": (0.0, 2.0, 4.0)}), workdir)
+    after = json.loads((workdir / "summary.json").read_text())["rows"]
+    assert [row for row in after if row["w"] != 2.0] == before and len(after) == 3 * len(before) // 2
 
 
 def test_a_workdir_of_another_config_is_refused_and_evaluation_may_change(finished):

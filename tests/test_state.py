@@ -4,7 +4,7 @@ import pytest
 
 from guided_distill.errors import UserError
 from guided_distill.optim import OptimiserConfig
-from guided_distill.state import make_state, student_params
+from guided_distill.state import check_same_model, make_state, student_params
 
 TEACHER = {"embedding": {"time1": {"kernel": jnp.ones((2, 3))}}, "out": jnp.full(4, 2.0)}
 FRESH = {
@@ -26,16 +26,18 @@ def test_student_shares_no_buffer_with_its_teacher():
 
 
 @pytest.mark.parametrize(
-    ("teacher", "says"),
+    ("params", "says"),
     [
-        ({**TEACHER, "more": jnp.ones(1)}, "has unknown more"),
-        ({"embedding": TEACHER["embedding"]}, "lacks out"),
-        ({**TEACHER, "out": jnp.ones(5)}, "another shape of out"),
+        ({**TEACHER, "more": jnp.ones(1)}, "runs/x has unknown more"),
+        ({"embedding": TEACHER["embedding"]}, "runs/x lacks out"),
+        ({**TEACHER, "out": jnp.ones(5)}, "runs/x has another shape of out"),
+        (FRESH, "runs/x has unknown embedding/w1/kernel"),
     ],
 )
-def test_a_checkpoint_of_another_model_is_named(teacher, says):
+def test_a_checkpoint_of_another_model_is_named(params, says):
+    check_same_model(TEACHER, TEACHER, "runs/x")
     with pytest.raises(UserError, match=says):
-        student_params(teacher, FRESH)
+        check_same_model(params, TEACHER, "runs/x")
 
 
 def test_state_has_a_buffer_of_its_own_for_every_leaf():

@@ -7,7 +7,7 @@ from guided_distill import diffusion
 from guided_distill.objectives import draws
 
 
-def make_denoise(*, weighting, null_cond, cond_dropout, num_times=None, dropout=True):
+def make_denoise(*, weighting, null_cond, cond_dropout, num_times=None):
     """omega(logsnr_t) || x_hat(z_t, c) - x ||^2, c replaced by no condition with probability `cond_dropout`.
 
     t ~ U[0, 1], or uniform over i / num_times, i = 1 .. num_times, for a discrete-time teacher. The error is measured
@@ -25,7 +25,8 @@ def make_denoise(*, weighting, null_cond, cond_dropout, num_times=None, dropout=
         cond = jax.tree.map(lambda c, null: jnp.where(diffusion.expand(dropped, c), null, c), cond, null_cond(cond))
 
         z = diffusion.diffuse(x, eps, alpha, sigma)
-        prediction = apply["student"](z, logsnr, cond, dropout_key=key_dropout[0] if dropout else None)
+        # One key for the network's dropout: Linen draws its masks for the whole batch, whatever the devices.
+        prediction = apply["student"](z, logsnr, cond, dropout_key=key_dropout[0])
         error = diffusion.velocity(prediction, alpha, sigma) - diffusion.velocity(
             diffusion.Prediction(x, eps), alpha, sigma
         )
