@@ -245,7 +245,7 @@ def _row(run, entry, w, samples, values):
         "num_samples": len(samples["x"]),
         "feature_network": f"classifier (64 features) trained on {run.experiment.data.name}",
         "reference": f"{run.experiment.data.name}/{run.experiment.data.train_split} ({len(run.dataset.train)} images)",
-        "checkpoint": str(checkpoint),
+        "checkpoint": checkpoint.name if checkpoint.parent == run.workdir else str(checkpoint),
     }
 
 
