@@ -33,6 +33,10 @@ def _parse(argv):
             raise UserError(f"unknown argument {rest[1]!r}; see --help")
         if _CONFIG.value is None:
             raise UserError("--config is missing: --config=configs/digits.py, for one")
+        filename = flags.FLAGS["config"].config_filename
+        if not pathlib.Path(filename.split(":")[0]).exists():
+            raise UserError(f"--config={filename}: no such file")
+        _CONFIG.value.to_dict()  # a config that could not be loaded says so only when it is asked for its value
     except (UserError, SystemExit):
         raise
     except Exception as error:

@@ -169,4 +169,4 @@ def test_a_student_starts_as_its_teacher_in_the_first_update():
         state = sharding.replicate(mesh, make_state(params, STAGES["stage1"].training.optimiser))
         _, values = step(state, frozen, sharding.shard_batch(mesh, batch_of()), knobs, key)
         losses.append(float(values["loss"]))
-    assert losses[0] < 1e-10 and losses[1] > 1e-4
+    assert losses[0] < 1e-10 and losses[1] > 1e-7

@@ -8,7 +8,7 @@ def tiny_config(**updates):
     config = digits.get_config()
     config.model.update(channels=8, emb_channels=16, multipliers=(1,), norm_groups=4, attention_resolutions=())
     config.teacher.update(updates=6, batch_size=8, warmup=2)
-    config.stage1.update(updates=4, batch_size=8)
+    config.stage1.update(updates=4, batch_size=8, learning_rate=5e-4)
     config.stage2.update(teacher_steps=4, updates=4, final_updates=4, final_num_steps=(1,), batch_size=8)
     config.evaluate.update(num_samples=16, batch_size=16, w=(0.0, 4.0), num_steps=(1, 2), classifier_updates=5)
     config.log.update(every=1, sample_every=0)
