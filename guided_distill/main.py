@@ -40,8 +40,17 @@ def _parse(argv):
     except (UserError, SystemExit):
         raise
     except Exception as error:
-        text = str(error).strip('"').split("\n")[0]
-        raise UserError(f"{' '.join(a for a in argv[1:] if a.startswith('--config'))}: {text}") from error
+        raise UserError(_one_line(error, argv)) from error
+
+
+def _one_line(error, argv):
+    """What is wrong with the flags: the argument it is about, where that can be told, and the reason."""
+    reason = str(error).strip().splitlines()[-1].strip()
+    if isinstance(error, KeyError | AttributeError):
+        reason = reason.strip("\"'")
+        about = [argument for argument in argv[1:] if f".{reason}" in argument.split("=")[0]]
+        return f"{about[0] if about else reason}: no such key in the config"
+    return reason
 
 
 def _integers(flag, words):

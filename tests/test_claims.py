@@ -1,0 +1,59 @@
+"""The checker of the paper's claim must be able to fail, for every claim."""
+
+import copy
+
+import pytest
+
+from benchmarks import claims
+
+
+def row(model, stage, num_steps, w, **metrics):
+    return {"model": model, "stage": stage, "num_steps": num_steps, "w": w, "metrics": metrics}
+
+
+def good_summary():
+    rows = []
+    for w in (0.0, 1.0):
+        for n, frechet, distance in ((32, 10.0, 0.0), (4, 20.0, 0.02), (2, 30.0, 0.05), (1, 90.0, 0.2)):
+            values = {"frechet_classifier": frechet, "distance_to_reference": distance, "label_agreement": 0.98}
+            rows.append(row("teacher", "teacher", n, w, **values))
+        for n in (4, 2, 1):
+            values = {"frechet_classifier": 11.0, "distance_to_reference": 0.005, "label_agreement": 0.98}
+            rows.append(row("student", f"stage2_det_{n:04d}", n, w, **values))
+    return {"rows": rows, "noise_floor": 1.0, "classifier_test_accuracy": 0.99}
+
+
+def missed(summary):
+    return [what for what, _, _, held in claims.checks(summary, "digits") if not held]
+
+
+def spoilt(num_steps, w, model="student", **metrics):
+    summary = copy.deepcopy(good_summary())
+    for one in summary["rows"]:
+        if (one["model"], one["num_steps"], one["w"]) == (model, num_steps, w):
+            one["metrics"].update(metrics)
+    return summary
+
+
+def test_a_good_run_holds_every_claim():
+    assert missed(good_summary()) == []
+
+
+@pytest.mark.parametrize(
+    ("summary", "says"),
+    [
+        (spoilt(4, 1.0, frechet_classifier=12.6), "frechet, 4 steps, w 1: 1.15 x reference + floor"),
+        (spoilt(2, 0.0, frechet_classifier=14.1), "frechet, 2 steps, w 0: 1.3 x reference + floor"),
+        (spoilt(1, 0.0, frechet_classifier=46.0), "frechet, 1 steps, w 0: 0.5 x teacher 1x2"),
+        (spoilt(4, 0.0, distance_to_reference=0.011), "distance, 4 steps, w 0: 0.5 x teacher 4x2"),
+        (spoilt(2, 1.0, label_agreement=0.95), "label agreement, 2 steps, w 1: at least"),
+        (spoilt(4, 0.0, label_agreement=1.01), "label agreement, 4 steps, w 0: at most"),
+        ({**good_summary(), "classifier_test_accuracy": 0.9}, "classifier, held-out accuracy"),
+    ],
+)
+def test_each_claim_can_be_missed(summary, says):
+    assert missed(summary) == [says]
+
+
+def test_a_reference_that_ignores_its_label_is_found():
+    assert "label agreement, reference, w 1" in missed(spoilt(32, 1.0, model="teacher", label_agreement=0.9))
