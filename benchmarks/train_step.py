@@ -19,8 +19,7 @@ import numpy as np
 from configs import digits
 from guided_distill import diffusion, optim, sharding, train
 from guided_distill.experiment import from_config
-from guided_distill.objectives import Knobs
-from guided_distill.pipeline import initial_params, make_stages
+from guided_distill.pipeline import initial_params, make_knobs, make_stages
 from guided_distill.state import make_state
 
 _ROUNDS, _STEPS = 7, 2  # turns of each side, and timed steps of a turn
@@ -63,14 +62,8 @@ def make_step_arguments(experiment, stage, params, teacher_params):
     mesh = sharding.make_mesh()
     training = stage.training
     step_fn = train.make_train_step(stage.objective, stage.model, stage.teacher, training.optimiser, mesh)
-    knobs = Knobs(
-        num_steps=np.int32(stage.num_steps),
-        updates=np.int32(training.updates),
-        peak_lr=np.float32(training.learning_rate),
-        w_min=np.float32(experiment.stage1.w_min),
-        w_max=np.float32(experiment.stage1.w_max),
-        grid=diffusion.make_grid(experiment.schedule, experiment.stage2.teacher_steps),
-    )
+    grid = diffusion.make_grid(experiment.schedule, experiment.stage2.teacher_steps)
+    knobs = make_knobs(experiment, stage, grid)
     state = make_state(jax.tree.map(jnp.asarray, params), training.optimiser)
     frozen = {} if teacher_params is None else {"teacher": teacher_params}
     arguments = sharding.replicate(mesh, (state, frozen, knobs, jax.random.key(0)))

@@ -279,7 +279,7 @@ def train_stage(this, stage, progress):
             state,
             frozen,
             batches,
-            _knobs(this, stage),
+            sharding.replicate(mesh, make_knobs(experiment, stage, this.grid)),
             key,
             mesh=mesh,
             checkpoints=checkpoints,
@@ -319,17 +319,16 @@ def _loop(this, stage, progress):
     )
 
 
-def _knobs(this, stage):
-    experiment, training = this.experiment, stage.training
-    values = Knobs(
+def make_knobs(experiment, stage, grid):
+    """The traced numbers of a stage, on the host; `grid` has experiment.stage2.teacher_steps intervals."""
+    return Knobs(
         num_steps=np.int32(stage.num_steps),
-        updates=np.int32(training.updates),
-        peak_lr=np.float32(training.learning_rate),
+        updates=np.int32(stage.training.updates),
+        peak_lr=np.float32(stage.training.learning_rate),
         w_min=np.float32(experiment.stage1.w_min),
         w_max=np.float32(experiment.stage1.w_max),
-        grid=this.grid,
+        grid=grid,
     )
-    return sharding.replicate(this.mesh, values)
 
 
 def _write_samples(this, stage, writer, state, step):

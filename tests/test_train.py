@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from guided_distill import metrics, pipeline, sharding, train
+from guided_distill import diffusion, metrics, pipeline, sharding, train
 from guided_distill.checkpoint import Checkpoints
 from guided_distill.data import make_batches
 from guided_distill.errors import UserError
@@ -24,15 +25,13 @@ def params_of(w_conditioned):
     return jax.tree.map(lambda p: p + 0.05 * jnp.sin(jnp.arange(p.size, dtype=p.dtype).reshape(p.shape)), params)
 
 
-def prepared(name, mesh, num_steps=None):
+def prepared(name, mesh):
     stage = STAGES[name]
-    run = pipeline.Run(EXPERIMENT, None, mesh, list(STAGES.values()), None)
     params = jax.tree.map(jnp.copy, params_of(stage.model.w_conditioned))  # the step donates them
     state = sharding.replicate(mesh, make_state(params, stage.training.optimiser))
     frozen = {} if stage.teacher is None else {"teacher": params_of(stage.teacher.w_conditioned)}
-    grid = pipeline.diffusion.make_grid(EXPERIMENT.schedule, EXPERIMENT.stage2.teacher_steps)
-    run = pipeline.dataclasses.replace(run, grid=grid)
-    knobs = pipeline.dataclasses.replace(pipeline._knobs(run, stage), num_steps=jnp.int32(num_steps or stage.num_steps))
+    grid = diffusion.make_grid(EXPERIMENT.schedule, EXPERIMENT.stage2.teacher_steps)
+    knobs = pipeline.make_knobs(EXPERIMENT, stage, grid)
     step = train.make_train_step(stage.objective, stage.model, stage.teacher, stage.training.optimiser, mesh)
     key = jax.random.key(0)
     return step, state, *(sharding.replicate(mesh, value) for value in (frozen, knobs, key))
@@ -67,7 +66,7 @@ def test_all_halvings_share_one_compiled_step():
     batch = sharding.shard_batch(mesh, batch_of())
     before = step._cache_size()
     for num_steps in (2, 1):
-        again, _, _, knobs, _ = prepared(f"stage2_det_{num_steps:04d}", mesh, num_steps)
+        again, _, _, knobs, _ = prepared(f"stage2_det_{num_steps:04d}", mesh)
         assert again is step
         state, _ = step(state, frozen, batch, knobs, key)
     assert step._cache_size() - before <= 1
@@ -162,7 +161,7 @@ def test_a_student_starts_as_its_teacher_in_the_first_update():
     student = student_params(teacher, pipeline.initial_params(EXPERIMENT, True, jax.random.key(2)))
     step, _, frozen, knobs, key = prepared("stage1", mesh)
     # With w = 0 throughout, the guided teacher is the conditional one, which is what the student starts as.
-    knobs = pipeline.dataclasses.replace(knobs, w_max=jnp.float32(0.0))
+    knobs = dataclasses.replace(knobs, w_max=jnp.float32(0.0))
     losses = []
     for params in (student, params_of(True)):
         params = jax.tree.map(jnp.copy, params)
