@@ -1,4 +1,4 @@
-"""5,000 MNIST digits, 28x28: the next size up, about an hour on two cores."""
+"""5,000 MNIST digits, 28x28: the next size up."""
 
 from configs import common
 
