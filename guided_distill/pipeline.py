@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,6 @@ from guided_distill.objectives import Knobs, make_denoise, make_stage1, make_sta
 from guided_distill.progress import RunProgress
 from guided_distill.state import check_same_model, make_state, student_params
 
-_log = logging.getLogger(__name__)
 _GRID_IMAGES = 64
 
 
