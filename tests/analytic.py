@@ -80,3 +80,67 @@ def two_step_student(schedule, teacher, num_steps):
         return diffusion.Prediction(jnp.where(is_last, second.x, student.x), student.eps)
 
     return denoiser
+
+
+def exact_stochastic_student(schedule, moments, num_steps):
+    """The perfect stochastic N-step student: its jumps are twice as long, 2/N, but from t = 1/N, where 0 is nearer."""
+
+    def denoiser(z, logsnr, cond):
+        at_edge = schedule.t(logsnr) < 1.5 / num_steps
+        return exact_student(schedule, moments, jnp.where(at_edge, num_steps, 0.5 * num_steps))(z, logsnr, cond)
+
+    return denoiser
+
+
+def exact_encoder(schedule, moments, num_steps):
+    """The perfect N-step encoder: its reversed DDIM step of 1/N is the exact flow map, without dividing by sigma_0."""
+    return flow_student(schedule, moments, lambda t: t + 1.0 / num_steps)
+
+
+def _prediction_of_jump(z_t, z_s, at_t, at_s):
+    """The x and eps of which both z_t and z_s are made: their DDIM step t -> s, up or down in time, lands on z_s."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = at_t, at_s
+    determinant = alpha_t * sigma_s - sigma_t * alpha_s
+    x = (sigma_s * z_t - sigma_t * z_s) / determinant
+    return diffusion.Prediction(x, (alpha_t * z_s - alpha_s * z_t) / determinant)
+
+
+def _at(schedule, t, like):
+    return tuple(diffusion.expand(c, like) for c in schedule.alpha_sigma(schedule.logsnr(t)))
+
+
+def flow_student(schedule, moments, end):
+    """The perfect student of any jumps: its DDIM step t -> end(t), up or down in time, is the exact flow map."""
+
+    def denoiser(z, logsnr, cond):
+        t = schedule.t(logsnr)
+        at_t, at_s = _at(schedule, t, z), _at(schedule, end(t), z)
+        mean, std = (diffusion.expand(m, z) for m in moments(cond))
+        spread_t, spread_s = (jnp.sqrt(alpha**2 * std**2 + sigma**2) for alpha, sigma in (at_t, at_s))
+        z_s = at_s[0] * mean + spread_s / spread_t * (z - at_t[0] * mean)
+        return _prediction_of_jump(z, z_s, at_t, at_s)
+
+    return denoiser
+
+
+def composite_student(schedule, teacher, length, num, end):
+    """The perfect student of a teacher that goes t -> end(t), up or down, in at most `num` steps of `length`.
+
+    Where end(t) = 0 it is the teacher's last prediction itself.
+    """
+
+    def denoiser(z_t, logsnr, cond):
+        t = here = schedule.t(logsnr)
+        z, x = z_t, jnp.zeros_like(z_t)
+        for _ in range(num):
+            move = jnp.clip(end(t) - here, -length, length)
+            moves = diffusion.expand(jnp.abs(move) > 0.5 * length, z)
+            prediction = teacher(z, schedule.logsnr(here), cond)
+            here = here + move
+            z = jnp.where(moves, diffusion.ddim_step(prediction, *_at(schedule, here, z)), z)
+            x = jnp.where(moves, prediction.x, x)
+        jump = _prediction_of_jump(z_t, z, _at(schedule, t, z), _at(schedule, end(t), z))
+        to_clean = diffusion.expand(end(t) < 0.5 * length, z)
+        return diffusion.Prediction(jnp.where(to_clean, x, jump.x), jump.eps)
+
+    return denoiser
