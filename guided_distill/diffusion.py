@@ -13,6 +13,17 @@ The theory, in the paper's letters (arXiv 2210.03142, section 2; arXiv 2202.0051
                 = a x_1 + (1 - a) x_2,   a = (sigma_s / sigma_m) kappa(m|t) / kappa(s|t)                as computed
      with kappa(b|t) = alpha_b - sigma_b alpha_t / sigma_t = -alpha_b expm1((lambda_t - lambda_b) / 2).
      The printed form divides by kappa(s|t), which vanishes as the steps get finer; the convex form never does.
+ (6) With rho = alpha / sigma, (4) from t_{j-1} to t_j with prediction x_j is
+        z_j / sigma_j = z_{j-1} / sigma_{j-1} + (rho_j - rho_{j-1}) x_j
+     and k such steps t = t_0 > ... > t_k = s add up to the one step t -> s with prediction
+        x_tilde = sum_j c_j x_j,   c_j = (rho_j - rho_{j-1}) / (rho_k - rho_0)
+                = exp((lambda_j - lambda_k) / 2) expm1((lambda_{j-1} - lambda_j) / 2) / expm1((lambda_0 - lambda_k) / 2)
+     All exponents are <= 0, where rho itself reaches e^10 at t = 0. c_1 of two steps is a of (5).
+ (7) Two steps in v, in either direction of time, with the angle phi = arctan(sigma / alpha), d_1 = phi_t - phi_m,
+     d_2 = phi_m - phi_s, and z, v_1, v_2 each divided by the sqrt(r) of its own time:
+        v_tilde = (sin d_1 cos d_2 v_1 + sin d_2 v_2 - sin d_1 sin d_2 z) / sin(d_1 + d_2)
+     since (4) is the rotation z_s = cos(d) z_t - sin(d) v_t. It is regular at t = 0, where x to eps divides by sigma_0;
+     sin(phi_a - phi_b) = alpha_a sigma_b expm1((lambda_b - lambda_a) / 2) / sqrt(r_a r_b) does not cancel.
 
 Nothing outside a schedule assumes alpha^2 + sigma^2 = 1. The functions take numpy or JAX arrays alike, so that
 tables and oracles can be made in float64 on the host with the formulas that train.
@@ -254,6 +265,43 @@ def two_step_target(x_1, x_2, a):
     """x_tilde = a x_1 + (1 - a) x_2, (5): the prediction at t whose one DDIM step lands where two steps landed."""
     a = expand(a, x_1)
     return a * x_1 + (1.0 - a) * x_2
+
+
+def convex_weights(points):
+    """c_1 .. c_k of (6), [k, B], from the k + 1 grid points of k steps, a Grid of shape [k + 1, B] from t to s < t."""
+    xp, logsnr = _namespace(points.logsnr), points.logsnr
+    whole = xp.expm1(0.5 * (logsnr[:1] - logsnr[-1:]))
+    return xp.exp(0.5 * (logsnr[1:] - logsnr[-1:])) * xp.expm1(0.5 * (logsnr[:-1] - logsnr[1:])) / whole
+
+
+def composite_target(x, weights):
+    """x_tilde = sum_j c_j x_j, (6), of predictions [k, B, *S] with weights [k, B]: `two_step_target` for any k.
+
+    A prediction of weight 0 has no part in it, even where it is not finite.
+    """
+    weights = expand(weights, x)
+    return _namespace(x).where(weights == 0.0, 0.0, weights * x).sum(0)
+
+
+def two_step_velocity(v_1, v_2, z, start, middle, end):
+    """v_tilde at `start`, (7): its one DDIM step lands at `end` where two steps by way of `middle` land.
+
+    z and v_1 [B, *S] at `start`, v_2 [B, *S] at `middle`; the three are grid points of shape [B], in either direction
+    of time. (arXiv 2202.00512, appendix D, the step as a rotation.)
+    """
+    xp = _namespace(start.logsnr)
+
+    def radius(at):
+        return xp.sqrt(at.alpha**2 + at.sigma**2)
+
+    def sine(a, b):
+        """sin(phi_a - phi_b)."""
+        return a.alpha * b.sigma * xp.expm1(0.5 * (b.logsnr - a.logsnr)) / (radius(a) * radius(b))
+
+    cos_2 = (middle.alpha * end.alpha + middle.sigma * end.sigma) / (radius(middle) * radius(end))
+    sin_1, sin_2, sin_both = sine(start, middle), sine(middle, end), sine(start, end)
+    of_v_1, of_v_2 = sin_1 * cos_2 / sin_both, sin_2 / sin_both * radius(start) / radius(middle)
+    return expand(of_v_1, z) * v_1 + expand(of_v_2, z) * v_2 - expand(sin_1 * sin_2 / sin_both, z) * z
 
 
 _WEIGHTINGS = {

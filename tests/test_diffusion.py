@@ -1,4 +1,4 @@
-"""The numbered theory of diffusion.py, in float64 where it is an identity."""
+"""The numbered theory of diffusion.py up to (3), in float64 where it is an identity; (4) to (7) are in test_targets."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,12 +18,6 @@ RNG = np.random.default_rng(0)
 def grid64(schedule, num_intervals):
     logsnr = schedule.logsnr(np.linspace(0.0, 1.0, num_intervals + 1))
     return diffusion.Grid(*schedule.alpha_sigma(logsnr), logsnr)
-
-
-def points(grid, i, num_steps, jumps=(0.0, 0.5, 1.0)):
-    """t = i/N and the two times after it, as float64 grid points of shape [1]."""
-    unit = grid.num_intervals / num_steps
-    return [grid.at(np.array([round(unit * (i - jump))])) for jump in jumps]
 
 
 # (1) and (2): schedules
@@ -168,135 +162,6 @@ def test_clipping_keeps_x_in_bounds_and_eps_consistent():
     clipped = diffusion.clip_prediction(diffusion.to_prediction("x", x, z, alpha, sigma), z, alpha, sigma, 1.0)
     np.testing.assert_array_equal(clipped.x, np.clip(x, -1, 1))
     np.testing.assert_allclose(diffusion.diffuse(*clipped, alpha, sigma), z, atol=1e-12)
-
-
-# (4) and (5): the DDIM step and the target of two
-
-COSINE_WEIGHTS = {
-    (1, 1): 4.54e-5,
-    (2, 2): 0.414214,
-    (4, 2): 0.351166,
-    (4, 3): 0.433548,
-    (4, 4): 0.480215,
-    (8, 8): 0.495148,
-    (512, 2): 0.334963,
-    (512, 512): 0.499999,
-}
-
-
-@pytest.mark.parametrize(("num_steps", "i"), COSINE_WEIGHTS)
-def test_convex_weight_values(num_steps, i):
-    expected = COSINE_WEIGHTS[num_steps, i]
-    exact = diffusion.convex_weight(*points(grid64(diffusion.Cosine(), 1024), i, num_steps))
-    np.testing.assert_allclose(exact, expected, atol=6e-7)
-    stored = diffusion.make_grid(diffusion.Cosine(), 1024)
-    np.testing.assert_allclose(diffusion.convex_weight(*points(stored, i, num_steps)), expected, atol=1e-4)
-
-
-@pytest.mark.parametrize(("num_steps", "i", "expected"), [(4, 3, 0.292907), (4, 4, 0.414214), (8, 8, 0.480215)])
-def test_convex_weight_of_jumps_of_two(num_steps, i, expected):
-    at = points(grid64(diffusion.Cosine(), 16), i, num_steps, jumps=(0, 1, 2))
-    np.testing.assert_allclose(diffusion.convex_weight(*at), expected, atol=6e-7)
-
-
-@pytest.mark.parametrize(("num_steps", "expected"), [(2, 0.320115), (4, 0.388580), (8, 0.436249)])
-def test_convex_weight_on_the_stable_diffusion_schedule(num_steps, expected):
-    at = points(grid64(diffusion.DiscreteBetas(), 16), num_steps, num_steps)
-    np.testing.assert_allclose(diffusion.convex_weight(*at), expected, atol=6e-7)
-
-
-@each_schedule
-def test_convex_weight_is_the_ratio_of_sines_below_one_half(schedule):
-    grid = grid64(schedule, 128)
-    at_t, at_m, at_s = (grid.at(2 * np.arange(2, 65) - k) for k in range(3))
-    a = diffusion.convex_weight(at_t, at_m, at_s)
-    assert (a > 0).all() and (a < 0.5).all()
-    phi_t, phi_m, phi_s = (np.arctan2(at.sigma, at.alpha) for at in (at_t, at_m, at_s))
-    sines = np.sin(phi_s) * np.sin(phi_t - phi_m) / (np.sin(phi_m) * np.sin(phi_t - phi_s))
-    np.testing.assert_allclose(a, sines, rtol=1e-9)
-
-
-def test_convex_weight_of_straight_paths_is_half_the_ratio_of_the_noise():
-    grid = grid64(diffusion.RectifiedFlow(), 128)
-    at_t, at_m, at_s = (grid.at(2 * np.arange(1, 65) - k) for k in range(3))
-    np.testing.assert_allclose(diffusion.convex_weight(at_t, at_m, at_s), at_s.sigma / at_m.sigma / 2, rtol=1e-9)
-
-
-def two_steps(z, x_1, x_2, at_t, at_m, at_s):
-    """The two DDIM steps written out: (z_m, z_s)."""
-    z_m = at_m.alpha * x_1 + at_m.sigma / at_t.sigma * (z - at_t.alpha * x_1)
-    return z_m, at_s.alpha * x_2 + at_s.sigma / at_m.sigma * (z_m - at_m.alpha * x_2)
-
-
-def printed(z, z_s, at_t, at_s):
-    """(T)."""
-    ratio = at_s.sigma / at_t.sigma
-    return (z_s - ratio * z) / (at_s.alpha - ratio * at_t.alpha)
-
-
-def in_velocities(z, z_m, x_1, x_2, at_t, at_m, at_s):
-    """(V), on z / sqrt(alpha^2 + sigma^2), where every schedule is variance preserving."""
-
-    def normalised(z, x, at):
-        r = np.hypot(at.alpha, at.sigma)
-        angle, z = np.arctan2(at.sigma, at.alpha), z / r
-        return angle, z, (np.cos(angle) * z - x) / np.sin(angle)
-
-    phi_t, z, v_1 = normalised(z, x_1, at_t)
-    phi_m, _, v_2 = normalised(z_m, x_2, at_m)
-    d_1, d_2 = phi_t - phi_m, phi_m - np.arctan2(at_s.sigma, at_s.alpha)
-    v = (np.sin(d_1) * np.cos(d_2) * v_1 + np.sin(d_2) * v_2 - np.sin(d_1) * np.sin(d_2) * z) / np.sin(d_1 + d_2)
-    return np.cos(phi_t) * z - np.sin(phi_t) * v
-
-
-@each_schedule
-@pytest.mark.parametrize(("num_steps", "i"), [(1, 1), (2, 1), (2, 2), (4, 3), (8, 1), (8, 2), (8, 8), (64, 40)])
-def test_convex_equals_printed_equals_velocity_form(schedule, num_steps, i):
-    at = points(grid64(schedule, 128), i, num_steps)
-    z, x_1, x_2 = RNG.standard_normal((3, 1, 32))
-    z_m, z_s = two_steps(z, x_1, x_2, *at)
-    convex = diffusion.two_step_target(x_1, x_2, diffusion.convex_weight(*at))
-    np.testing.assert_allclose(convex, printed(z, z_s, at[0], at[2]), atol=1e-12)
-    np.testing.assert_allclose(convex, in_velocities(z, z_m, x_1, x_2, *at), atol=1e-12)
-
-
-@each_schedule
-@pytest.mark.parametrize("num_steps", [1, 4, 64])
-def test_one_step_with_the_target_lands_where_two_steps_land(schedule, num_steps):
-    grid = diffusion.make_grid(schedule, 2 * num_steps)
-    z, x_1, x_2 = RNG.standard_normal((3, num_steps, 16)).astype(np.float32)
-    i = np.arange(1, num_steps + 1)
-    at_t, at_m, at_s = (grid.at(2 * i - k) for k in range(3))
-
-    def step(x, z, here, there):
-        prediction = diffusion.to_prediction("x", x, z, here.alpha, here.sigma)
-        return diffusion.ddim_step(prediction, there.alpha, there.sigma)
-
-    end_of_two = step(x_2, step(x_1, z, at_t, at_m), at_m, at_s)
-    target = diffusion.two_step_target(x_1, x_2, diffusion.convex_weight(at_t, at_m, at_s))
-    np.testing.assert_allclose(step(target, z, at_t, at_s), end_of_two, atol=2e-6)
-
-
-@each_schedule
-@pytest.mark.parametrize("num_steps", [1, 2, 8, 512])
-def test_constant_predictor_is_a_fixed_point_of_the_target(schedule, num_steps):
-    grid = diffusion.make_grid(schedule, 2 * num_steps)
-    x = RNG.standard_normal((num_steps, 5)).astype(np.float32)
-    i = np.arange(1, num_steps + 1)
-    a = diffusion.convex_weight(*(grid.at(2 * i - k) for k in range(3)))
-    np.testing.assert_allclose(diffusion.two_step_target(x, x, a), x, rtol=1e-6)
-
-
-@each_schedule
-def test_ddim_step_of_the_truth_stays_on_its_path(schedule):
-    grid = grid64(schedule, 8)
-    x, eps = RNG.standard_normal((2, 8, 3))
-    at_t, at_s = grid.at(np.arange(1, 9)), grid.at(np.arange(8))
-    z = diffusion.diffuse(x, eps, at_t.alpha, at_t.sigma)
-    velocity = diffusion.velocity(diffusion.Prediction(x, eps), at_t.alpha, at_t.sigma)
-    prediction = diffusion.to_prediction("v", velocity, z, at_t.alpha, at_t.sigma)
-    z_s = diffusion.ddim_step(prediction, at_s.alpha, at_s.sigma)
-    np.testing.assert_allclose(z_s, diffusion.diffuse(x, eps, at_s.alpha, at_s.sigma), atol=1e-12)
 
 
 # Weightings

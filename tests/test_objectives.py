@@ -11,7 +11,16 @@ from analytic import quick_jit
 
 from guided_distill import diffusion
 from guided_distill.guidance import classifier_free
-from guided_distill.objectives import Knobs, draws, make_denoise, make_stage1, make_stage2
+from guided_distill.objectives import (
+    Knobs,
+    draws,
+    make_denoise,
+    make_encode,
+    make_stage1,
+    make_stage2,
+    make_tract,
+    make_two_student,
+)
 
 COSINE = diffusion.Cosine()
 SCHEDULES = [make() for make in diffusion.SCHEDULES.values()]
@@ -64,17 +73,17 @@ class Recorder:
 
 
 @functools.cache
-def recording(objective, schedule):
-    apply = {name: Recorder(analytic.gaussian(schedule, MOMENTS)) for name in ("student", "teacher")}
-    return apply, quick_jit(lambda batch, knobs, keys: objective(apply, schedule, batch, knobs, keys)[0])
+def recording(objective):
+    apply = {name: Recorder(analytic.gaussian(COSINE, MOMENTS)) for name in ("student", "teacher")}
+    return apply, quick_jit(lambda batch, knobs, keys: objective(apply, COSINE, batch, knobs, keys)[0])
 
 
-def record(objective, schedule=COSINE, **knobs):
+def record(objective, **knobs):
     """Calls of the student and of the teacher for one batch of B: lists of (z, logsnr, cond)."""
-    apply, compiled = recording(objective, schedule)
+    apply, compiled = recording(objective)
     for recorder in apply.values():
         recorder.calls.clear()
-    jax.block_until_ready(compiled(make_batch(), make_knobs(schedule, **knobs), make_keys()))
+    jax.block_until_ready(compiled(make_batch(), make_knobs(**knobs), make_keys()))
     jax.effects_barrier()
     return tuple(jax.tree.map(np.asarray, apply[name].calls) for name in ("student", "teacher"))
 
@@ -87,33 +96,91 @@ OBJECTIVES = {
     "denoise": denoise(),
     "stage1": make_stage1(weighting="snr_trunc"),
     "stage2": make_stage2(weighting="snr_trunc"),
+    "stochastic": make_stage2(weighting="snr_trunc", series="sto"),
+    "encode": make_encode(weighting="snr_trunc"),
+    "two_student": make_two_student(weighting="snr_trunc", null_cond=null_cond),
+    "tract": make_tract(weighting="snr_trunc", group=2),
 }
-each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 
 
 # All of them
 
 
-@each_objective
-def test_loss_of_an_example_depends_on_its_own_key_and_data_alone(objective):
-    student = analytic.gaussian(COSINE, analytic.constant(0.3, 0.4))
-    apply = {"student": student, "teacher": classifier_free(analytic.gaussian(COSINE, MOMENTS), null_cond)}
-    compiled = quick_jit(lambda batch, keys: objective(apply, COSINE, batch, make_knobs_on_device(), keys)[0])
-    batch, keys = make_batch(8), make_keys(8)
-    loss = np.asarray(compiled(batch, keys))
-    assert loss.shape == (8,) and len(np.unique(loss)) == 8
-    order = np.array([6, 1, 3])
-    np.testing.assert_allclose(compiled(jax.tree.map(lambda v: v[order], batch), keys[order]), loss[order], rtol=1e-4)
+def test_loss_of_an_example_depends_on_its_own_key_and_data_alone():
+    teacher = classifier_free(analytic.gaussian(COSINE, MOMENTS), null_cond)
+    apply = {"student": analytic.gaussian(COSINE, analytic.constant(0.3, 0.4)), "teacher": teacher}
+    apply["target_ema"] = analytic.gaussian(COSINE, analytic.constant(0.2, 0.4))
+
+    @quick_jit
+    def losses(batch, keys):
+        knobs = make_knobs_on_device()
+        return {name: objective(apply, COSINE, batch, knobs, keys)[0] for name, objective in OBJECTIVES.items()}
+
+    batch, keys, order = make_batch(8), make_keys(8), np.array([6, 1, 3, 3, 3, 0, 0, 6])
+    one = losses(batch, keys)
+    other = losses(jax.tree.map(lambda v: v[order], batch), keys[order])
+    for name, loss in one.items():
+        assert loss.shape == (8,) and len(np.unique(loss)) == 8, name
+        np.testing.assert_allclose(other[name], loss[order], rtol=1e-4, err_msg=name)
 
 
-@each_objective
+NUM_STEPS = 4
+# Times that an objective draws from, in units of 1/N; the others draw from all of [0, 1].
+DISCRETE_TIMES = {
+    "stage2": np.arange(1, NUM_STEPS + 1),
+    "stochastic": np.arange(1, NUM_STEPS + 1),
+    "two_student": np.arange(1, NUM_STEPS + 1),
+    "encode": np.arange(NUM_STEPS),
+    "tract": np.arange(1, 2 * NUM_STEPS + 1) / 2,
+}
+
+
+@functools.cache
+def told(schedule):
+    """{name of the objective: what its student is given for one batch of B: (z, logsnr, cond)}."""
+    network = analytic.gaussian(schedule, MOMENTS)
+
+    @quick_jit
+    def calls_of_students(batch, knobs, keys):
+        calls = {}
+        for name, objective in OBJECTIVES.items():
+
+            def student(*given, name=name, dropout_key=None):
+                calls[name] = given
+                return network(*given)
+
+            objective({"student": student, "teacher": network, "target_ema": network}, schedule, batch, knobs, keys)
+        return calls
+
+    calls = calls_of_students(make_batch(), make_knobs(schedule, NUM_STEPS, w_min=0.5, w_max=2.0), make_keys())
+    assert calls.keys() == OBJECTIVES.keys()
+    return jax.tree.map(np.asarray, calls)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_z_is_a_sample_of_q_at_the_time_the_network_is_told(objective, schedule):
-    ((z, logsnr, _),), _ = record(objective, schedule, num_steps=8)
-    alpha, sigma = schedule.alpha_sigma(logsnr)
-    eps = (z - alpha[:, None] * np.asarray(make_batch()["x"])) / sigma[:, None]
-    eps = eps[schedule.t(logsnr) > 0.1]  # before that, rounding is divided by a small sigma
-    assert abs(eps.mean()) < 0.1 and abs(eps.std() - 1) < 0.1
+def test_z_is_a_sample_of_q_at_the_time_the_network_is_told(schedule):
+    for name, (z, logsnr, _) in told(schedule).items():
+        alpha, sigma = schedule.alpha_sigma(logsnr)
+        x = np.tile(make_batch()["x"], (len(z) // B, 1))  # of two students, z is there twice
+        eps = (z - alpha[:, None] * x) / sigma[:, None]
+        eps = eps[schedule.t(logsnr) > 0.1]  # before that, rounding is divided by a small sigma
+        assert abs(eps.mean()) < 0.1 and abs(eps.std() - 1) < 0.1, name
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_times_are_drawn_from_all_that_the_sampler_visits(schedule):
+    for name, times in DISCRETE_TIMES.items():
+        _, logsnr, _ = told(schedule)[name]
+        steps = schedule.t(logsnr) * NUM_STEPS
+        drawn = np.abs(steps[:, None] - times).argmin(1)
+        np.testing.assert_allclose(steps, times[drawn], atol=1e-4, err_msg=name)
+        assert np.bincount(drawn, minlength=len(times)).min() > 0.6 * len(steps) / len(times), name
+
+
+def test_w_is_drawn_per_example_by_every_objective_that_has_one():
+    for name in OBJECTIVES.keys() - {"denoise", "two_student"}:
+        w = told(COSINE)[name][2]["w"]
+        assert len(np.unique(w)) > 0.99 * B and w.min() >= 0.5 and w.max() <= 2.0, name
 
 
 @pytest.mark.parametrize("name", ["stage1", "stage2"])
@@ -125,24 +192,28 @@ def test_w_is_drawn_per_example_from_its_range_and_all_networks_get_the_same_con
     for _, _, cond in student + teacher:
         np.testing.assert_array_equal(cond["w"], w)
         np.testing.assert_array_equal(cond["label"], make_batch()["label"])
-    apply, _ = recording(OBJECTIVES[name], COSINE)
+    apply, _ = recording(OBJECTIVES[name])
     assert not any(apply["student"].with_dropout + apply["teacher"].with_dropout)
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2"])
-def test_no_gradient_reaches_the_teacher(name):
-    def total(student_mean, teacher_mean):
+def test_gradients_reach_the_student_and_no_other_network():
+    def total(means, objective):
         apply = {
-            network: analytic.gaussian(COSINE, lambda cond, mean=mean: (mean, jnp.float32(0.4)))
-            for network, mean in [("student", student_mean), ("teacher", teacher_mean)]
+            name: analytic.gaussian(COSINE, lambda cond, mean=mean: (mean, jnp.float32(0.4)))
+            for name, mean in means.items()
         }
-        return OBJECTIVES[name](apply, COSINE, make_batch(8), make_knobs_on_device(), make_keys(8))[0].sum()
+        return objective(apply, COSINE, make_batch(8), make_knobs_on_device(), make_keys(8))[0].sum()
 
-    to_student, to_teacher = quick_jit(jax.grad(total, (0, 1)))(jnp.float32(0.2), jnp.float32(0.1))
-    assert to_teacher == 0.0 and abs(to_student) > 1e-3
+    @quick_jit
+    def gradients(means):
+        return {name: jax.grad(total)(means, objective) for name, objective in OBJECTIVES.items()}
+
+    means = {"student": 0.2, "teacher": 0.1, "target_ema": 0.3}
+    for name, gradient in gradients(jax.tree.map(jnp.float32, means)).items():
+        assert gradient["teacher"] == 0.0 and gradient["target_ema"] == 0.0 and abs(gradient["student"]) > 1e-3, name
 
 
-@pytest.mark.parametrize("make", [denoise, make_stage1, make_stage2])
+@pytest.mark.parametrize("make", [denoise, make_stage1, make_stage2, make_encode])
 def test_weighting_is_a_function_of_the_snr_times_the_error_of_x(make):
     batch, told = make_batch(64), []
 
@@ -200,7 +271,7 @@ def test_labels_are_dropped_at_the_given_rate_and_otherwise_kept(rate, low, high
 
 
 def test_dropout_of_the_network_is_on():
-    apply, compiled = recording(denoise(), COSINE)
+    apply, compiled = recording(denoise())
     compiled.lower(make_batch(), make_knobs(), make_keys())
     assert apply["student"].with_dropout == [True]
 
@@ -240,61 +311,13 @@ def test_stage_one_is_zero_for_the_guided_teacher_and_only_for_it(schedule):
     assert float(zero.max()) < 1e-8 and float(unguided.mean()) > 1e-3
 
 
-# Stage two
+# Stage two: more of it in test_stage2
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_stage_two_is_zero_for_the_exact_composite_of_two_steps_in_one_compilation(schedule):
-    teacher, traces = classifier_free(analytic.gaussian(schedule, MOMENTS), null_cond), []
-
-    @quick_jit
-    def stage2_loss(batch, knobs, keys, composite_steps):
-        traces.append(knobs)
-        student = analytic.two_step_student(schedule, teacher, composite_steps)
-        return OBJECTIVES["stage2"]({"student": student, "teacher": teacher}, schedule, batch, knobs, keys)[0]
-
-    for num_steps in (8, 4, 2, 1):
-        arguments = make_batch(), make_knobs(schedule, num_steps), make_keys()
-        assert float(stage2_loss(*arguments, float(num_steps)).max()) < 1e-6
-        # The composite of steps twice as short, or twice as long, is another student.
-        for wrong in (2.0 * num_steps, 0.5 * num_steps):
-            assert float(stage2_loss(*arguments, wrong).mean()) > 1e-4
-    assert len(traces) == 1
-
-
-def test_stage_two_keeps_the_exact_flow_map():
-    moments = analytic.constant(0.5, 0.2)
-    student, teacher = (analytic.exact_student(COSINE, moments, num_steps) for num_steps in (4, 8))
-    apply = {"student": student, "teacher": teacher}
-    compiled = quick_jit(lambda *arguments: OBJECTIVES["stage2"](apply, COSINE, *arguments)[0])
-    assert float(compiled(make_batch(), make_knobs(num_steps=4), make_keys()).max()) < 1e-6
-    assert float(compiled(make_batch(), make_knobs(num_steps=2), make_keys()).mean()) > 1e-4
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_the_target_at_the_last_step_is_the_second_prediction_itself(schedule):
-    teacher = analytic.gaussian(schedule, MOMENTS)
-
-    def second_prediction(z, logsnr, cond):
-        middle = knobs.grid.at(8)
-        z_m = diffusion.ddim_step(teacher(z, logsnr, cond), middle.alpha, middle.sigma)
-        return teacher(z_m, jnp.full_like(logsnr, middle.logsnr), cond)
-
-    knobs = make_knobs(schedule, num_steps=1)
-    apply = {"student": second_prediction, "teacher": teacher}
-    compiled = quick_jit(lambda *arguments: OBJECTIVES["stage2"](apply, schedule, *arguments)[1]["x_mse"])
-    # With the small weight of (5) on x_1 in place of 0 the error would be about 1e-9.
-    assert float(compiled(make_batch(), knobs, make_keys()).max()) < 2e-12
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_stage_two_trains_at_every_i_over_n_and_its_teacher_works_half_a_step_on(schedule):
+def test_the_teacher_of_stage_two_works_at_the_same_time_and_half_a_step_on():
     for num_steps in (1, 4, 8):
-        student, teacher = record(OBJECTIVES["stage2"], schedule, num_steps=num_steps)
-        t, t_1, t_2 = (schedule.t(logsnr) for _, logsnr, _ in (*student, *teacher))
-        i = np.round(t * num_steps).astype(int)
-        np.testing.assert_allclose(t, i / num_steps, atol=1e-4)
-        assert set(i) == set(range(1, num_steps + 1)) and np.bincount(i)[1:].min() > 0.6 * B / num_steps
+        student, teacher = record(OBJECTIVES["stage2"], num_steps=num_steps)
+        t, t_1, t_2 = (COSINE.t(logsnr) for _, logsnr, _ in (*student, *teacher))
         np.testing.assert_allclose(t_1, t, atol=1e-6)
         np.testing.assert_allclose(t_2, t - 0.5 / num_steps, atol=1e-4)
 

@@ -4,8 +4,9 @@ An Objective is made by a factory with its static options and called as
 
     objective(apply, schedule, batch, knobs, keys [B]) -> (loss [B], {name: [B]})
 
-`apply` holds denoisers ("student", and where there is one the frozen "teacher"), `batch` is {"x": [B, *S], and the
-fields of cond}, `knobs` what may change between rounds without recompiling.
+`apply` holds denoisers ("student", where there is one the frozen "teacher", and for tract "target_ema", the student
+with the moving average of its weights), `batch` is {"x": [B, *S], and the fields of cond}, `knobs` what may change
+between rounds without recompiling.
 """
 
 import dataclasses
@@ -14,10 +15,20 @@ import jax
 
 from guided_distill import diffusion
 from guided_distill.objectives.denoise import make_denoise
+from guided_distill.objectives.encode import make_encode
 from guided_distill.objectives.stage1 import make_stage1
 from guided_distill.objectives.stage2 import make_stage2
+from guided_distill.objectives.tract import make_tract
+from guided_distill.objectives.two_student import make_two_student
 
-OBJECTIVES = {"denoise": make_denoise, "stage1": make_stage1, "stage2": make_stage2}
+OBJECTIVES = {
+    "denoise": make_denoise,
+    "stage1": make_stage1,
+    "stage2": make_stage2,
+    "encode": make_encode,
+    "two_student": make_two_student,
+    "tract": make_tract,
+}
 
 
 @jax.tree_util.register_dataclass
@@ -30,4 +41,4 @@ class Knobs:
     peak_lr: jax.Array
     w_min: jax.Array
     w_max: jax.Array
-    grid: diffusion.Grid  # 2 * (the largest N) intervals
+    grid: diffusion.Grid  # as many intervals as the first teacher takes steps

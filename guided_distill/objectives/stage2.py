@@ -1,4 +1,4 @@
-"""Stage two: the student takes in one step what its teacher takes in two (arXiv 2210.03142, section 3.2)."""
+"""Stage two: the student takes in one step what its teacher takes in several (arXiv 2210.03142, section 3.2)."""
 
 import functools
 
@@ -8,11 +8,15 @@ import jax.numpy as jnp
 from guided_distill import diffusion
 from guided_distill.objectives import draws
 
+# A step of the teacher, in units of 1 / (substeps * N). The stochastic sampler goes two steps of 1/N forward and one
+# back, so that its N-step student jumps 2/N, and its teacher, the student of 2N, jumps 1/N.
+_TEACHER_STEP = {"det": 1, "sto": 2}
 
-def two_teacher_steps(teacher, z, cond, points):
-    """x_hat at the first two of three grid points of a deterministic path: [2, B, *S].
 
-    `points` is a Grid of shape [3, B]. Both evaluations are one `lax.scan`, so the program holds one copy of the
+def teacher_steps(teacher, z, cond, points):
+    """Predictions at the first k of k + 1 grid points of a path of DDIM steps: x and eps [k, B, *S].
+
+    `points` is a Grid of shape [k + 1, B]. All evaluations are one `lax.scan`, so the program holds one copy of the
     teacher's network: on a TPU its compilation takes minutes. On the CPU it takes seconds, and the loop would cost more
     than that: XLA gives operations inside it fewer threads.
     """
@@ -20,7 +24,7 @@ def two_teacher_steps(teacher, z, cond, points):
     def step(z, at):
         here, there = at
         prediction = teacher(z, here.logsnr, cond)
-        return diffusion.ddim_step(prediction, there.alpha, there.sigma), prediction.x
+        return diffusion.ddim_step(prediction, there.alpha, there.sigma), prediction
 
     here = jax.tree.map(lambda table: table[:-1], points)
     there = jax.tree.map(lambda table: table[1:], points)
@@ -33,27 +37,44 @@ def two_teacher_steps(teacher, z, cond, points):
     )
 
 
-def make_stage2(*, weighting):
+def _weights(index, points):
+    """c of (6), [k, B]; where a step lands on t = 0, grid index 0, its prediction is the whole target."""
+    lands_clean = (index[:-1] > 0) & (index[1:] == 0)
+    return jnp.where(index[-1:] == 0, lands_clean, diffusion.convex_weights(points))
+
+
+def make_stage2(*, weighting, series="det", substeps=2):
     """omega(logsnr_t) || x_student(z_t, c, w) - x_tilde ||^2 at t = i/N, i ~ U{1 .. N} (algorithm 2).
 
-    x_tilde puts one DDIM step t -> t - 1/N where the teacher's two steps of 1/(2N) end; N = knobs.num_steps is traced.
-    The loss is taken in x, in float32.
+    x_tilde, (6), puts one DDIM step of the student where its teacher's steps end, at t = 0 the last prediction itself:
+
+    "det": `substeps` steps of 1/(substeps N), from t to t - 1/N.
+    "sto": two steps of 1/N, from t to t - 2/N, and from t = 1/N the one step to 0 (section 3.3).
+
+    N = knobs.num_steps is traced, and substeps * N divides the grid. The loss is taken in x, in float32. Raises
+    ValueError for a series that does not exist, fewer than two steps, and a stochastic one of any number but two.
     """
+    if series not in _TEACHER_STEP:
+        raise ValueError(f"series is {series!r}; it must be one of {', '.join(_TEACHER_STEP)}")
+    if substeps < 2:
+        raise ValueError(f"substeps is {substeps}; the teacher takes at least 2 for one of the student")
+    if series == "sto" and substeps != 2:
+        raise ValueError(f"substeps is {substeps}; the stochastic series halves the steps, so it must be 2")
 
     def objective(apply, schedule, batch, knobs, keys):
         x, cond = draws.split_batch(batch)
         key_i, key_eps, key_w = draws.split_examples(keys, 3)
-        stride = knobs.grid.num_intervals // (2 * knobs.num_steps)  # of the teacher
+        stride = knobs.grid.num_intervals // (substeps * knobs.num_steps)
         i = draws.randint(key_i, 1, knobs.num_steps + 1)
-        points = knobs.grid.at(stride * (2 * i[None] - jnp.arange(3)[:, None]))
-        at_t, at_m, at_s = (diffusion.Grid(*(table[k] for table in points)) for k in range(3))
+        travelled = _TEACHER_STEP[series] * jnp.arange(substeps + 1)[:, None]
+        index = stride * jnp.maximum(substeps * i[None] - travelled, 0)
+        points = knobs.grid.at(index)
+        at_t = points.at(0)
         cond = {**cond, "w": draws.uniform(key_w, knobs.w_min, knobs.w_max)}
 
         z = diffusion.diffuse(x, draws.normal_like(key_eps, x), at_t.alpha, at_t.sigma)
-        x_1, x_2 = two_teacher_steps(apply["teacher"], z, cond, points)
-        # At s = 0 the step is to the clean end: its target is the last prediction itself.
-        a = jnp.where(i == 1, 0.0, diffusion.convex_weight(at_t, at_m, at_s))
-        target = jax.lax.stop_gradient(diffusion.two_step_target(x_1, x_2, a))
+        x_hats = teacher_steps(apply["teacher"], z, cond, points).x
+        target = jax.lax.stop_gradient(diffusion.composite_target(x_hats, _weights(index, points)))
         x_mse = diffusion.mean_square(apply["student"](z, at_t.logsnr, cond).x - target)
         return diffusion.loss_weight_x(weighting, at_t.alpha, at_t.sigma) * x_mse, {"x_mse": x_mse}
 
