@@ -1,9 +1,11 @@
 """Networks. A backbone is a Linen module called as module(z, logsnr, label, w, train=...); see `make_model_fn`."""
 
+from guided_distill.models.dit import DiT, DiTConfig
+from guided_distill.models.mlp import MLP, MLPConfig
 from guided_distill.models.unet import UNet, UNetConfig
 
 # name in the config -> (module, its frozen config)
-BACKBONES = {"unet": (UNet, UNetConfig)}
+BACKBONES = {"unet": (UNet, UNetConfig), "dit": (DiT, DiTConfig), "mlp": (MLP, MLPConfig)}
 
 
 def make_model_fn(module):

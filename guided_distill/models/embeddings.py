@@ -1,5 +1,9 @@
-"""Sinusoidal embeddings of scalars: the noise level and the guidance strength."""
+"""The conditioning of every backbone: noise level, label and guidance strength as one vector per example."""
 
+import functools
+
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 
@@ -14,3 +18,30 @@ def sinusoid(position, dim):
 def noise_level(logsnr):
     """arctan(exp(-logsnr / 2)) / (pi / 2) in [0, 1] (arXiv 2202.00512): for the cosine schedule, t within 3e-5."""
     return jnp.arctan(jnp.exp(-0.5 * jnp.clip(logsnr, -20.0, 20.0))) / (0.5 * jnp.pi)
+
+
+class Embedding(nn.Module):
+    """One vector [B, emb_channels] from log-SNR, label and, in a student, w (arXiv 2210.03142, section 3.1).
+
+    Sinusoids are `channels` wide. Label num_classes means "no condition": its one-hot is zero and leaves the bias, so
+    that kernel and bias together are a table of num_classes + 1 rows. Without classes there is no label input. The w
+    branch ends in zeros: a student made from its teacher equals the teacher's conditional model for every w.
+    """
+
+    channels: int
+    emb_channels: int
+    num_classes: int
+    w_conditioned: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(self, logsnr, label, w):
+        dense = functools.partial(nn.Dense, self.emb_channels, dtype=jnp.dtype(self.dtype))
+        emb = sinusoid(1000.0 * noise_level(logsnr), self.channels)
+        emb = dense(name="time2")(nn.swish(dense(name="time1")(emb)))
+        if self.num_classes:
+            emb = emb + dense(name="label")(jax.nn.one_hot(label, self.num_classes))
+        if self.w_conditioned:
+            branch = nn.swish(dense(name="w1")(sinusoid(1000.0 * w, self.channels)))
+            emb = emb + dense(kernel_init=nn.initializers.zeros, name="w2")(branch)
+        return emb

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from guided_distill.models.conv import conv_general_dilated
-from guided_distill.models.embeddings import noise_level, sinusoid
+from guided_distill.models.embeddings import Embedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,28 +102,6 @@ class AttentionBlock(nn.Module):
         return x + nn.Dense(c, dtype=dtype, kernel_init=nn.initializers.zeros, name="out")(h)
 
 
-class Embedding(nn.Module):
-    """One vector per example from log-SNR, label and, in a student, w (arXiv 2210.03142, section 3.1).
-
-    The w branch ends in zeros: a student made from its teacher equals the teacher's conditional model for every w.
-    """
-
-    config: UNetConfig
-
-    @nn.compact
-    def __call__(self, logsnr, label, w):
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
-        dense = functools.partial(nn.Dense, config.emb_channels, dtype=dtype)
-        emb = sinusoid(1000.0 * noise_level(logsnr), config.channels)
-        emb = dense(name="time2")(nn.swish(dense(name="time1")(emb)))
-        if config.num_classes:
-            emb = emb + dense(name="label")(jax.nn.one_hot(label, config.num_classes))
-        if config.w_conditioned:
-            branch = nn.swish(dense(name="w1")(sinusoid(1000.0 * w, config.channels)))
-            emb = emb + dense(kernel_init=nn.initializers.zeros, name="w2")(branch)
-        return emb
-
-
 class UNet(nn.Module):
     """z [B, H, W, C], logsnr [B], label i32 [B] or None, w [B] or None -> [B, H, W, out_channels], float32."""
 
@@ -134,7 +112,15 @@ class UNet(nn.Module):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         remat = functools.partial(nn.remat, static_argnums=(3,)) if config.remat else lambda module: module
         block, attention = remat(ResnetBlock), nn.remat(AttentionBlock) if config.remat else AttentionBlock
-        emb = Embedding(config, name="embedding")(logsnr, label, w)
+        embedding = Embedding(
+            config.channels,
+            config.emb_channels,
+            config.num_classes,
+            config.w_conditioned,
+            config.dtype,
+            name="embedding",
+        )
+        emb = embedding(logsnr, label, w)
 
         def resnet(h, name, features, resample="none"):
             return block(config, features, resample, name=name)(h, emb, train)
