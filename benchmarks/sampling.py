@@ -13,8 +13,9 @@ import time
 import jax
 import jax.numpy as jnp
 
-from guided_distill import compilation, diffusion, generate, pipeline, samplers, sharding
+from guided_distill import compilation, diffusion, generate, samplers, sharding
 from guided_distill.experiment import from_config
+from guided_distill.teachers import initial_params, make_model
 
 TEACHER_STEPS, STUDENT_STEPS, RUNS = 1024, 4, 3
 
@@ -58,11 +59,12 @@ def main():
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     experiment = from_config(module.get_config().to_dict())
 
+    compilation.one_cpu_device_per_core(args.batch_sizes)
     mesh = sharding.make_mesh()
     grid = sharding.replicate(mesh, diffusion.make_grid(experiment.schedule, TEACHER_STEPS))
     key = jax.random.key(0)
-    teacher, student = (pipeline.make_model(experiment, w_conditioned) for w_conditioned in (False, True))
-    teacher_params, student_params = (pipeline.initial_params(experiment, w, key) for w in (False, True))
+    teacher, student = (make_model(experiment, w_conditioned=w_conditioned) for w_conditioned in (False, True))
+    teacher_params, student_params = (initial_params(experiment, w, key) for w in (False, True))
     print(
         f"{args.config} on {jax.device_count()} x {jax.devices()[0].device_kind}; medians of {RUNS} runs after warm-up"
     )

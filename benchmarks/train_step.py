@@ -19,8 +19,10 @@ import numpy as np
 from configs import digits
 from guided_distill import diffusion, optim, sharding, train
 from guided_distill.experiment import from_config
-from guided_distill.pipeline import initial_params, make_knobs, make_stages
+from guided_distill.pipeline import make_knobs
+from guided_distill.stages import make_stages
 from guided_distill.state import make_state
+from guided_distill.teachers import initial_params
 
 _ROUNDS, _STEPS = 7, 2  # turns of each side, and timed steps of a turn
 _MOST_TIME, _MOST_FLOPS = 1.5, 1.05  # times PyTorch's time, times the sum of the parts
@@ -52,7 +54,7 @@ def random_params(experiment, *, w_conditioned=False):
 def random_batch(experiment, batch_size):
     """A batch of noise with labels."""
     rng = np.random.default_rng(1)
-    shape = (batch_size, *experiment.data.image_shape)
+    shape = (batch_size, *experiment.data.sample_shape)
     labels = rng.integers(0, experiment.data.num_classes, batch_size, dtype=np.int32)
     return {"x": rng.uniform(-1, 1, shape).astype(np.float32), "label": labels}
 
@@ -63,7 +65,7 @@ def make_step_arguments(experiment, stage, params, teacher_params):
     training = stage.training
     step_fn = train.make_train_step(stage.objective, stage.model, stage.teacher, training.optimiser, mesh)
     grid = diffusion.make_grid(experiment.schedule, experiment.stage2.teacher_steps)
-    knobs = make_knobs(experiment, stage, grid)
+    knobs = make_knobs(stage, grid)
     state = make_state(jax.tree.map(jnp.asarray, params), training.optimiser)
     frozen = {} if teacher_params is None else {"teacher": teacher_params}
     arguments = sharding.replicate(mesh, (state, frozen, knobs, jax.random.key(0)))
@@ -93,7 +95,7 @@ def torch_turns(experiment, params):
 
     from benchmarks import unet_torch
 
-    training, (side, _, channels) = experiment.teacher, experiment.data.image_shape
+    training, (side, _, channels) = experiment.teacher, experiment.data.sample_shape
     stage = make_stages(experiment)[0]
     batch = random_batch(experiment, training.batch_size)
     logsnr = np.linspace(-5.0, 5.0, training.batch_size, dtype=np.float32)
@@ -157,7 +159,8 @@ def print_times():
 
 def flops(function, *arguments):
     """XLA's count of the operations of a program compiled with XLA's own options, under which it counts all of them."""
-    function = getattr(function, "__wrapped__", function)
+    # Not of jax.value_and_grad, whose `__wrapped__` is the value alone.
+    function = function.__wrapped__ if isinstance(function, jax.stages.Wrapped) else function
     # Unrolled, since a loop's body is counted once.
     with mock.patch.object(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True)):
         return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]

@@ -15,6 +15,8 @@ def get_config():
     config.data.image_size = 32
     config.data.channels = 3
     config.data.num_classes = 10
+    config.data.shape = ()
+    config.data.data_range = 1.0
     config.data.train_split = "train"
     config.data.test_split = "test"
     config.data.flip = False
@@ -39,15 +41,23 @@ def get_config():
 
     config.teacher = _training(updates=500_000, learning_rate=2e-4, warmup=1000, ema=0.9999)
     config.teacher.checkpoint = config_dict.placeholder(str)
+    config.teacher.factory = config_dict.placeholder(str)
     config.teacher.cond_dropout = 0.1
     config.teacher.num_times = config_dict.placeholder(int)
+
+    config.to_v = _training(updates=0, learning_rate=1e-4, ema=0.9999)
 
     config.stage1 = _training(updates=100_000, learning_rate=2e-4, warmup=0, ema=0.9999)
     config.stage1.w_min = 0.0
     config.stage1.w_max = 4.0
+    config.stage1.checkpoint = config_dict.placeholder(str)
+    config.stage1.single_w = ()
 
     config.stage2 = _training(updates=50_000, learning_rate=5e-5, decay="linear")
+    config.stage2.series = ("det",)
     config.stage2.teacher_steps = 1024
+    config.stage2.num_steps = ()
+    config.stage2.self_ema = 0.5
     config.stage2.final_num_steps = (1, 2, 4)
     config.stage2.final_updates = 100_000
 
@@ -57,11 +67,17 @@ def get_config():
     config.evaluate.w = (0.0, 0.3, 1.0, 2.0, 4.0)
     config.evaluate.num_steps = (1, 2, 4, 8, 16)
     config.evaluate.classifier_updates = 5000
+    config.evaluate.baselines = ()
     config.evaluate.seed = 0
 
     config.log = ml_collections.ConfigDict({"every": 100, "sample_every": 10_000})
     config.checkpoint = ml_collections.ConfigDict({"every": 5000, "keep": 2})
     return config
+
+
+def use_mlp(config, **values):
+    """Replaces the network of a config by an MLP, for samples that are no images."""
+    config.model = ml_collections.ConfigDict({"name": "mlp", "dtype": "float32", **values})
 
 
 def _training(**values):

@@ -176,12 +176,15 @@ def is_complete(stage_dir):
     return (epath.Path(stage_dir) / COMPLETE).exists()
 
 
-def find_stage(path):
-    """The stage directory that `path` names: itself, or the teacher's of a run's workdir. Raises UserError for none."""
+def find_stage(path, name="teacher"):
+    """The stage directory that `path` names: itself, or that of stage `name` in a run's workdir.
+
+    Raises UserError where there is none.
+    """
     path = absolute(path)
     if not path.exists():
         raise UserError(f"{path}: no such checkpoint; give a stage directory of an earlier run, or its workdir")
-    stages = [path] if (path / "checkpoints").exists() else sorted(path.glob("[0-9][0-9]_teacher"))
+    stages = [path] if (path / "checkpoints").exists() else sorted(path.glob(f"[0-9][0-9]_{name}"))
     if not stages:
         raise UserError(f"{path}: holds no checkpoints/; give a stage directory of an earlier run, or its workdir")
     return stages[0]

@@ -1,6 +1,7 @@
 """An experiment as typed, frozen values: what a config file says, checked key by key."""
 
 import dataclasses
+import itertools
 import types
 import typing
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from guided_distill.data import DataConfig
 from guided_distill.errors import UserError
 from guided_distill.models import BACKBONES
 from guided_distill.optim import OptimiserConfig
+from guided_distill.samplers import BASELINES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,29 +36,43 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig(Training):
-    """The teacher: trained here, or taken from `checkpoint` (a workdir or stage directory of an earlier run)."""
+    """The teacher: trained here, taken from `checkpoint` (a workdir or stage directory of an earlier run), or what the
+    function `factory` ("package.module:function") returns.
+    """
 
     checkpoint: str | None = None
+    factory: str | None = None
     cond_dropout: float = 0.1
     num_times: int | None = None  # None: continuous time
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage1Config(Training):
-    """Stage one; w ~ U[w_min, w_max] here and in stage two."""
+    """Stage one; w ~ U[w_min, w_max] here and in stage two. Trained here, or taken from `checkpoint` like a teacher.
 
+    Each w of `single_w` gets a student of its own besides, without a w input.
+    """
+
+    checkpoint: str | None = None
     w_min: float = 0.0
     w_max: float = 4.0
+    single_w: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage2Config(Training):
     """Stage two: `teacher_steps` DDIM steps of the stage-one model are halved until one is left.
 
-    Rounds whose student takes a number of steps listed in `final_num_steps` train for `final_updates`.
+    `num_steps` names other rounds, as (8, 2, 1). Rounds whose student takes a number of steps listed in
+    `final_num_steps` train for `final_updates`. `series` names what is trained: students of the deterministic ("det")
+    and the stochastic sampler ("sto"), an encoder ("encode"), the two-student baseline ("two"), and students by groups
+    of steps ("tract"), whose moving average, of decay `self_ema`, teaches them.
     """
 
+    series: tuple[str, ...] = ("det",)
     teacher_steps: int = 1024
+    num_steps: tuple[int, ...] = ()
+    self_ema: float = 0.5
     final_num_steps: tuple[int, ...] = (1, 2, 4)
     final_updates: int = 100_000
 
@@ -65,7 +81,9 @@ class Stage2Config(Training):
         return self.final_updates if num_steps in self.final_num_steps else self.updates
 
     def rounds(self):
-        """The students' numbers of steps, in the order of training: teacher_steps / 2, ..., 2, 1."""
+        """The students' numbers of steps, in the order of training: teacher_steps / 2, ..., 2, 1 by default."""
+        if self.num_steps:
+            return list(self.num_steps)
         steps = [self.teacher_steps // 2]
         while steps[-1] > 1:
             steps.append(steps[-1] // 2)
@@ -74,13 +92,17 @@ class Stage2Config(Training):
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """The surface that is measured: the models at each of `num_steps`, the reference teacher, over `w`."""
+    """The surface that is measured: the models at each of `num_steps`, the reference teacher, over `w`.
+
+    `baselines` are further samplers of the teacher, besides the deterministic one.
+    """
 
     num_samples: int
     batch_size: int
     w: tuple[float, ...]
     num_steps: tuple[int, ...]
     classifier_updates: int
+    baselines: tuple[str, ...] = ()
     seed: int = 0
 
 
@@ -109,8 +131,16 @@ class Experiment:
     evaluate: EvaluateConfig
     log: LogConfig
     checkpoint: CheckpointConfig
+    to_v: Training = Training(updates=0, batch_size=0, learning_rate=0.0)  # no updates: there is no such stage
+
+    @property
+    def batch_sizes(self):
+        """{group of the config: batch size} of all stages there are, and of the evaluation."""
+        groups = ["teacher", *["to_v"] * bool(self.to_v.updates), "stage1", "stage2", "evaluate"]
+        return {name: getattr(self, name).batch_size for name in groups}
 
 
+SERIES = ("det", "sto", "encode", "two", "tract")
 _FREE_KEYS = ("config.evaluate", "config.log", "config.checkpoint", "config.data.data_dir", "config.data.test_split")
 
 
@@ -174,26 +204,55 @@ def _check(experiment):
         if getattr(experiment, key) not in choices:
             raise UserError(f"config.{key} is {getattr(experiment, key)!r}; it must be one of {', '.join(choices)}")
     _check_at_least(experiment)
-    teacher_steps = experiment.stage2.teacher_steps
-    if teacher_steps < 2 or teacher_steps & (teacher_steps - 1):
-        raise UserError(f"config.stage2.teacher_steps is {teacher_steps}; it must be a power of 2, at least 2")
+    _check_rounds(experiment.stage2)
     stage1 = experiment.stage1
     if not 0.0 <= stage1.w_min <= stage1.w_max:
         raise UserError(f"config.stage1: w_min {stage1.w_min} and w_max {stage1.w_max} must be 0 <= w_min <= w_max")
-    for w in experiment.evaluate.w:
-        if not stage1.w_min <= w <= stage1.w_max:
-            raise UserError(f"config.evaluate.w holds {w}, outside the trained range [{stage1.w_min}, {stage1.w_max}]")
+    for key, strengths in (("evaluate.w", experiment.evaluate.w), ("stage1.single_w", stage1.single_w)):
+        for w in strengths:
+            if not stage1.w_min <= w <= stage1.w_max:
+                raise UserError(f"config.{key} holds {w}, outside the trained range [{stage1.w_min}, {stage1.w_max}]")
     for num_steps in experiment.evaluate.num_steps:
         if num_steps not in experiment.stage2.rounds():
             trained = ", ".join(map(str, experiment.stage2.rounds()))
             raise UserError(f"config.evaluate.num_steps holds {num_steps}; students are trained for {trained}")
+    for name in experiment.evaluate.baselines:
+        if name not in BASELINES:
+            raise UserError(f"config.evaluate.baselines holds {name!r}; there are {', '.join(BASELINES)}")
+    if experiment.teacher.checkpoint and experiment.teacher.factory:
+        raise UserError("config.teacher: checkpoint and factory both name a teacher; one is needed")
+    if stage1.checkpoint and not (experiment.teacher.checkpoint or experiment.teacher.factory):
+        raise UserError("config.stage1.checkpoint is given without its teacher: give config.teacher.checkpoint too")
+    if experiment.data.flip and experiment.data.shape:
+        raise UserError("config.data.flip is True; only images are flipped, and config.data.shape says these are none")
+
+
+def _check_rounds(stage2):
+    teacher_steps = stage2.teacher_steps
+    if teacher_steps < 2 or teacher_steps & (teacher_steps - 1):
+        raise UserError(f"config.stage2.teacher_steps is {teacher_steps}; it must be a power of 2, at least 2")
+    if not stage2.series:
+        raise UserError("config.stage2.series is empty; name at least one of " + ", ".join(SERIES))
+    for series in stage2.series:
+        if series not in SERIES:
+            raise UserError(f"config.stage2.series holds {series!r}; there are {', '.join(SERIES)}")
+    path = [teacher_steps, *stage2.rounds()]
+    for before, after in itertools.pairwise(path):
+        if after < 1 or before <= after or before % after:
+            raise UserError(
+                f"config.stage2.num_steps: {before} -> {after} is no round; each number must divide the one before it, "
+                f"from teacher_steps = {teacher_steps} on"
+            )
+        if before != 2 * after and (only := [s for s in stage2.series if s not in ("det", "tract")]):
+            raise UserError(f"config.stage2.num_steps: {before} -> {after}: series {only[0]!r} only halves")
 
 
 def _check_at_least(experiment):
     least = {
+        "to_v.updates": 0,
         **{f"{stage}.{key}": 1 for stage in ("teacher", "stage1", "stage2") for key in ("updates", "batch_size")},
         **{"stage2.final_updates": 1, "log.every": 1, "log.sample_every": 0, "checkpoint.every": 1},
-        **{"checkpoint.keep": 1, "evaluate.num_samples": 2, "evaluate.batch_size": 1, "model.norm_groups": 1},
+        **{"checkpoint.keep": 1, "evaluate.num_samples": 2, "evaluate.batch_size": 1},
         **{"evaluate.classifier_updates": 1, "data.image_size": 1, "data.channels": 1, "data.num_classes": 1},
     }
     for key, bound in least.items():

@@ -6,6 +6,7 @@ code bases call guidance scale is 1 + w.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -54,23 +55,27 @@ class Teacher:
     """A trained network and all that distilling it needs; every stage's student is the teacher of the next.
 
     Without `w_conditioned` the guided output is made from two evaluations; with it the network takes w itself and one
-    is enough.
+    is enough. Without a `null_cond` there is nothing to guide with, and the network is taken as it is: a student of
+    one fixed w.
     """
 
     model_fn: Callable  # (params, z [B, *S], logsnr [B], cond, *, dropout_key=None) -> raw [B, *S]
     params: Any
     schedule: Any
     parameterisation: str  # a key of diffusion.PARAMETERISATIONS
-    null_cond: Callable  # cond -> the cond that stands for no condition
+    null_cond: Callable | None  # cond -> the cond that stands for no condition
     num_classes: int  # labels are 0 .. num_classes - 1
     sample_shape: tuple[int, ...]  # S
-    data_range: float | None = 1.0  # samples are clipped to [-data_range, data_range]; None for latents
+    data_range: float | None = 1.0  # samples are clipped to [-data_range, data_range]; None: they are not
     w_conditioned: bool = False
+    guided: Callable | None = None  # params -> guided Denoiser, where it is more than guiding model_fn
+    members: int = 1  # networks evaluated in one call of model_fn
+    student: tuple[Callable, Callable] | None = None  # (its ModelFn with a w input, key -> the weights it starts from)
 
     @property
     def calls_per_step(self):
         """Network evaluations of one guided prediction."""
-        return 1 if self.w_conditioned else 2
+        return self.members * (1 if self.w_conditioned or self.null_cond is None else 2)
 
     def static(self):
         """This without its weights: hashable, so that one compiled program serves all weights."""
@@ -78,5 +83,92 @@ class Teacher:
 
     def denoiser(self, params):
         """The guided denoiser, for cond with "w", of this network with `params`."""
+        if self.guided is not None:
+            return self.guided(params)
         denoiser = make_denoiser(self.model_fn, params, self.schedule, self.parameterisation)
-        return denoiser if self.w_conditioned else classifier_free(denoiser, self.null_cond)
+        if self.w_conditioned or self.null_cond is None:
+            return denoiser
+        return classifier_free(denoiser, self.null_cond)
+
+
+def ensemble(teachers):
+    """The Teacher whose output is the mean of its K members', taken before guidance.
+
+    Members of one network are stacked and evaluated together; of several, one after the other. The mean is the same in
+    x, eps and v, so members may differ in what they predict, but not in schedule or data. A student starts from the
+    first member.
+    """
+    first = teachers[0]
+    same_kind = all((t.schedule, t.sample_shape, t.num_classes) == (first.schedule, first.sample_shape,
+                    first.num_classes) for t in teachers)  # fmt: skip
+    if not same_kind:
+        raise ValueError("members of an ensemble need the same schedule, sample shape and classes")
+    members = sum(teacher.members for teacher in teachers)
+    if all((t.model_fn, t.parameterisation) == (first.model_fn, first.parameterisation) for t in teachers):
+        params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(teacher.params for teacher in teachers))
+        model_fn = functools.partial(_mean_of_stacked, first.model_fn)
+        return dataclasses.replace(first, model_fn=model_fn, params=params, members=members)
+    model_fn = functools.partial(_mean_velocity, tuple(teacher.static() for teacher in teachers))
+    params = tuple(teacher.params for teacher in teachers)
+    return dataclasses.replace(first, model_fn=model_fn, params=params, parameterisation="v", members=members)
+
+
+def _mean_of_stacked(model_fn, params, z, logsnr, cond, *, dropout_key=None):
+    def member(own):
+        return model_fn(own, z, logsnr, cond, dropout_key=dropout_key).astype(jnp.float32)
+
+    return jax.vmap(member)(params).mean(0)
+
+
+def _mean_velocity(teachers, params, z, logsnr, cond, *, dropout_key=None):
+    at = teachers[0].schedule.alpha_sigma(logsnr)
+    velocities = [
+        diffusion.velocity(make_denoiser(t.model_fn, own, t.schedule, t.parameterisation)(z, logsnr, cond), *at)
+        for t, own in zip(teachers, params, strict=True)
+    ]
+    return sum(velocities) / len(velocities)
+
+
+def autoguidance(strong, weak):
+    """The Teacher x^w = (1 + w) strong(z, c) - w weak(z, c), both conditional (arXiv 2406.02507, eq. 3, with w + 1).
+
+    `weak` is a smaller or less trained model of the same data and schedule. A student starts from `strong`.
+    """
+    if (strong.schedule, strong.sample_shape) != (weak.schedule, weak.sample_shape):
+        raise ValueError("autoguidance needs two models of the same schedule and sample shape")
+    guided = functools.partial(_autoguided, strong.static(), weak.static())
+    return dataclasses.replace(strong, params={"strong": strong.params, "weak": weak.params}, guided=guided)
+
+
+def _autoguided(strong, weak, params):
+    good, bad = (
+        make_denoiser(teacher.model_fn, params[name], teacher.schedule, teacher.parameterisation)
+        for name, teacher in (("strong", strong), ("weak", weak))
+    )
+
+    def denoiser(z, logsnr, cond):
+        w = diffusion.expand(cond["w"], z)
+        cond = {name: value for name, value in cond.items() if name != "w"}
+        pairs = zip(good(z, logsnr, cond), bad(z, logsnr, cond), strict=True)
+        return diffusion.Prediction(*((1.0 + w) * ours - w * theirs for ours, theirs in pairs))
+
+    return denoiser
+
+
+def interval(teacher, logsnr_min, logsnr_max):
+    """The Teacher that guides only where logsnr_min <= log-SNR < logsnr_max, and is conditional elsewhere.
+
+    (arXiv 2404.07724, eq. 6, where the interval is one of sigma = exp(-logsnr / 2).)
+    """
+    guided = functools.partial(_within_interval, teacher.static(), logsnr_min, logsnr_max)
+    return dataclasses.replace(teacher, guided=guided)
+
+
+def _within_interval(teacher, logsnr_min, logsnr_max, params):
+    denoiser = teacher.denoiser(params)
+
+    def gated(z, logsnr, cond):
+        inside = (logsnr >= logsnr_min) & (logsnr < logsnr_max)
+        return denoiser(z, logsnr, {**cond, "w": jnp.where(inside, cond["w"], 0.0)})
+
+    return gated

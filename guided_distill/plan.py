@@ -4,8 +4,9 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from guided_distill import pipeline
 from guided_distill.experiment import from_config
+from guided_distill.stages import make_stages
+from guided_distill.teachers import outside_teacher, shapes_of
 
 
 def tree_bytes(tree):
@@ -13,22 +14,16 @@ def tree_bytes(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def stage_memory(experiment, stage):
+def stage_memory(stage, parent=None):
     """{parameters (a count), weights, moments, ema, teacher (bytes)} of a stage, from shapes alone."""
-
-    def params_of(model):
-        shapes = jax.eval_shape(
-            lambda key: pipeline.initial_params(experiment, model.w_conditioned, key), jax.random.key(0)
-        )
-        return tree_bytes(shapes), sum(leaf.size for leaf in jax.tree.leaves(shapes))
-
-    weights, parameters = params_of(stage.model)
+    shapes = shapes_of(stage.init)
+    weights = tree_bytes(shapes)
     return {
-        "parameters": parameters,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes)),
         "weights": weights,
         "moments": 2 * weights,
         "ema": weights if stage.training.ema else 0,
-        "teacher": params_of(stage.teacher)[0] if stage.teacher else 0,
+        "teacher": tree_bytes(shapes_of(parent.init)) if parent else 0,
     }
 
 
@@ -38,14 +33,18 @@ def dry_run(config, console=None):
     table = Table(title=f"{experiment.data.name}: stages, in order (memory of float32 weights, without activations)")
     for name in ("stage", "N", "updates", "batch", "parameters", "weights", "Adam", "EMA", "teacher", "sum"):
         table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
-    for stage in pipeline.make_stages(experiment):
-        memory = stage_memory(experiment, stage)
+    factory = experiment.teacher.factory
+    stages = make_stages(experiment, outside_teacher(factory, experiment) if factory else None)
+    stages = {stage.name: stage for stage in stages}
+    given_by_name = {"teacher": experiment.teacher.checkpoint or factory, "stage1": experiment.stage1.checkpoint}
+    for stage in stages.values():
+        memory = stage_memory(stage, stages.get(stage.parent))
         parts = [memory[name] for name in ("weights", "moments", "ema", "teacher")]
-        given = stage.name == "teacher" and experiment.teacher.checkpoint
+        given = given_by_name.get(stage.name)
         training = stage.training
         table.add_row(
             f"{stage.name} (given)" if given else stage.name,
-            str(stage.num_steps) if stage.position > 1 else "-",
+            str(stage.num_steps) if stage.series else "-",
             "0" if given else f"{training.updates:,}",
             f"{training.batch_size:,}",
             f"{memory['parameters']:,}",

@@ -32,9 +32,14 @@ def make_train_step(objective, student, teacher, optimiser, mesh):
         keys = example_keys(key, state.step, batch["x"].shape[0])
         apply = {} if teacher is None else {"teacher": teacher.denoiser(frozen["teacher"])}
 
+        def network(params):
+            return guidance.make_denoiser(student.model_fn, params, student.schedule, student.parameterisation)
+
+        if state.ema is not None:
+            apply["target_ema"] = network(state.ema)
+
         def mean_loss(params):
-            network = guidance.make_denoiser(student.model_fn, params, student.schedule, student.parameterisation)
-            losses, named = objective({**apply, "student": network}, student.schedule, batch, knobs, keys)
+            losses, named = objective({**apply, "student": network(params)}, student.schedule, batch, knobs, keys)
             return losses.mean(), {name: values.mean() for name, values in named.items()}
 
         (loss, named), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)

@@ -1,13 +1,15 @@
 import importlib
 import pathlib
 
-import jax
 import pytest
 from tiny import tiny_config
 
 from guided_distill import pipeline
 from guided_distill.errors import UserError
 from guided_distill.experiment import differing_keys, from_config
+from guided_distill.factories import call_factory
+from guided_distill.stages import make_stages
+from guided_distill.teachers import shapes_of
 
 REPO = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (REPO / "configs").glob("*.py") if path.stem not in ("common", "__init__"))
@@ -16,15 +18,14 @@ CONFIGS = sorted(path.stem for path in (REPO / "configs").glob("*.py") if path.s
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_builds_its_network_and_lists_its_stages(name):
     experiment = from_config(importlib.import_module(f"configs.{name}").get_config().to_dict())
-    stages = pipeline.make_stages(experiment)
-    assert [stage.name for stage in stages[:2]] == ["teacher", "stage1"] and stages[-1].name == "stage2_det_0001"
-    assert [stage.num_steps for stage in stages[2:]] == experiment.stage2.rounds()
-    for stage in stages[:2]:
-        params = jax.eval_shape(
-            lambda key, stage=stage: pipeline.initial_params(experiment, stage.model.w_conditioned, key),
-            jax.random.key(0),
-        )
-        assert ("w2" in params["embedding"]) == stage.model.w_conditioned
+    outside = call_factory(experiment.teacher.factory, "") if experiment.teacher.factory else None
+    stages = make_stages(experiment, outside)
+    assert [stage.name for stage in stages[:2]] == ["teacher", "stage1"]
+    for series in experiment.stage2.series:
+        rounds = [stage.num_steps for stage in stages if stage.series == series and stage.model.null_cond]
+        assert rounds == experiment.stage2.rounds()
+    for stage in {stage.model: stage for stage in stages if stage.objective is not None}.values():
+        assert ("w2" in shapes_of(stage.init)["embedding"]) == stage.model.w_conditioned
 
 
 def test_the_papers_configs_have_the_papers_numbers():
@@ -46,7 +47,7 @@ def test_the_papers_configs_have_the_papers_numbers():
         ("stage1.updatess", 1, "config.stage1.updatess: no such key; there are .*updates"),
         ("stage1.updates", "many", "config.stage1.updates is 'many'; it must be of type int"),
         ("stage1.updates", True, "config.stage1.updates is True"),
-        ("model.name", "vit", "config.model.name is 'vit'; it must be one of unet"),
+        ("model.name", "vit", "config.model.name is 'vit'; it must be one of unet, dit, mlp"),
         ("schedule.name", "linear", "config.schedule.name is 'linear'; it must be one of cosine"),
         ("parameterisation", "w", "config.parameterisation is 'w'; it must be one of x, eps, v"),
         ("weighting", "none", "config.weighting is 'none'; it must be one of"),
@@ -84,7 +85,7 @@ def test_a_missing_key_is_named():
     "values", [{"model.patch": 3}, {"model.norm_groups": 3}, {"model.dtype": "float99"}], ids=lambda v: next(iter(v))
 )
 def test_a_network_that_cannot_be_built_gets_one_line(values, tmp_path):
-    with pytest.raises(UserError, match="config.model does not make a network for 8x8x1 images: .+") as error:
+    with pytest.raises(UserError, match="config.model does not make a network for 8x8x1 samples: .+") as error:
         pipeline.open_run(tiny_config(**values), tmp_path / "new")
     assert "\n" not in str(error.value) and not (tmp_path / "new").exists()
 

@@ -3,16 +3,17 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from guided_distill import diffusion, generate, pipeline, sharding
+from guided_distill import diffusion, generate, sharding
 from guided_distill.experiment import from_config
+from guided_distill.teachers import initial_params, make_model
 
 EXPERIMENT = from_config(tiny_config())
-MODEL = pipeline.make_model(EXPERIMENT, True)
+MODEL = make_model(EXPERIMENT, w_conditioned=True)
 
 
 @pytest.fixture(scope="module")
 def params():
-    params = pipeline.initial_params(EXPERIMENT, True, jax.random.key(0))
+    params = initial_params(EXPERIMENT, True, jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(0)
     return tree.unflatten([leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])

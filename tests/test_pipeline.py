@@ -122,7 +122,7 @@ def weights_with(workdir, teacher):
     [
         ({"model.channels": 16}, "00_teacher is another model .config.model.channels: 8 -> 16"),
         ({"parameterisation": "eps"}, "config.parameterisation: 'v' -> 'eps'"),
-        ({"teacher.checkpoint": "{finished}/01_stage1"}, "01_stage1 is a student's; a teacher is needed"),
+        ({"teacher.checkpoint": "{finished}/01_stage1"}, "01_stage1 is another stage; a teacher is needed"),
     ],
 )
 def test_a_teacher_of_another_model_is_refused(finished, tmp_path, values, says):

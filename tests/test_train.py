@@ -9,18 +9,20 @@ from tiny import tiny_config
 
 from guided_distill import diffusion, metrics, pipeline, sharding, train
 from guided_distill.checkpoint import Checkpoints
-from guided_distill.data import make_batches
+from guided_distill.data import load_dataset, make_batches
 from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
+from guided_distill.stages import make_stages
 from guided_distill.state import make_state, student_params
+from guided_distill.teachers import initial_params
 
 EXPERIMENT = from_config(tiny_config())
-STAGES = {stage.name: stage for stage in pipeline.make_stages(EXPERIMENT)}
+STAGES = {stage.name: stage for stage in make_stages(EXPERIMENT)}
 
 
 @functools.cache
 def params_of(w_conditioned):
-    params = pipeline.initial_params(EXPERIMENT, w_conditioned, jax.random.key(1))
+    params = initial_params(EXPERIMENT, w_conditioned, jax.random.key(1))
     # Away from the zeros of the initialisation, behind which a wrong gradient would not show.
     return jax.tree.map(lambda p: p + 0.05 * jnp.sin(jnp.arange(p.size, dtype=p.dtype).reshape(p.shape)), params)
 
@@ -31,7 +33,7 @@ def prepared(name, mesh):
     state = sharding.replicate(mesh, make_state(params, stage.training.optimiser))
     frozen = {} if stage.teacher is None else {"teacher": params_of(stage.teacher.w_conditioned)}
     grid = diffusion.make_grid(EXPERIMENT.schedule, EXPERIMENT.stage2.teacher_steps)
-    knobs = pipeline.make_knobs(EXPERIMENT, stage, grid)
+    knobs = pipeline.make_knobs(stage, grid)
     step = train.make_train_step(stage.objective, stage.model, stage.teacher, stage.training.optimiser, mesh)
     key = jax.random.key(0)
     return step, state, *(sharding.replicate(mesh, value) for value in (frozen, knobs, key))
@@ -107,7 +109,7 @@ def fit(directory, step_fn, pieces, *, updates=7, stop_before=None):
 
     loop = train.Loop("teacher", updates, 8, 2, 1, 0, None, lambda step: None, lambda step, steps, note: None)
     source = EXPERIMENT.data
-    batches = make_batches(pipeline.load_dataset(source).train, batch_size=8, seed=1, flip=False)
+    batches = make_batches(load_dataset(source).train, batch_size=8, seed=1, flip=False)
     with Checkpoints(directory) as checkpoints:
         state = train.fit(
             loop,
@@ -158,7 +160,7 @@ def test_a_run_of_gradients_that_are_not_finite_is_given_up_and_named(tmp_path, 
 def test_a_student_starts_as_its_teacher_in_the_first_update():
     mesh = sharding.make_mesh(jax.devices()[:1])
     teacher = params_of(False)
-    student = student_params(teacher, pipeline.initial_params(EXPERIMENT, True, jax.random.key(2)))
+    student = student_params(teacher, initial_params(EXPERIMENT, True, jax.random.key(2)))
     step, _, frozen, knobs, key = prepared("stage1", mesh)
     # With w = 0 throughout, the guided teacher is the conditional one, which is what the student starts as.
     knobs = dataclasses.replace(knobs, w_max=jnp.float32(0.0))

@@ -1,0 +1,204 @@
+"""The stages as data: what is trained, from whose weights, against which teacher."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+from guided_distill import guidance
+from guided_distill.experiment import Experiment, Training
+from guided_distill.objectives import (
+    make_denoise,
+    make_encode,
+    make_stage1,
+    make_stage2,
+    make_tract,
+    make_two_student,
+)
+from guided_distill.teachers import initial_params, make_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training: the objective, whose output it learns, from which weights it starts, for how long."""
+
+    name: str
+    position: int  # in its chain
+    objective: Callable | None  # None: a teacher that is given
+    training: Training
+    model: guidance.Teacher  # static: the network that is trained
+    init: Callable  # key -> first weights of that network
+    parent: str | None  # the stage whose weights teach it, and which it starts from unless `from_scratch`
+    teacher: guidance.Teacher | None  # static: the parent's network
+    teacher_calls: int  # its evaluations per example
+    num_steps: int  # of the sampler this stage trains or, before stage two, is looked at with
+    w_range: tuple[float, float]
+    series: str = ""  # of stage two
+    from_scratch: bool = False
+
+    @property
+    def sampler(self):
+        """The sampler this stage is trained for, a key of samplers.SAMPLERS."""
+        return {"sto": "stochastic", "encode": "encode"}.get(self.series, "deterministic")
+
+    @property
+    def work_per_update(self):
+        """In forward passes of one image: three for the student, and what the teacher is asked."""
+        return self.training.batch_size * (3 * self.model.calls_per_step + self.teacher_calls)
+
+    def directory(self, workdir):
+        """`workdir/<nn>_<name>`."""
+        return workdir / f"{self.position:02d}_{self.name}"
+
+
+def make_stages(experiment: Experiment, outside=None) -> list[Stage]:
+    """teacher [-> to_v] -> stage1 -> for each series of rounds, stage2_<series>_<N> for its N, the last one 1.
+
+    `outside` is a Teacher given in place of the experiment's own.
+    """
+    stages = [_teacher(experiment, outside)]
+    if experiment.to_v.updates:
+        stages.append(_to_v(experiment, stages[0]))
+    guided = stages[-1]
+    stage1 = _stage1(experiment, guided, outside)
+    stages.append(stage1)
+    for series in experiment.stage2.series:
+        stages += _rounds(experiment, guided if series == "two" else stage1, series)
+    for w in experiment.stage1.single_w:
+        first = _single_w(experiment, guided, w)
+        stages += [first, *_rounds(experiment, first, "det")]
+    return stages
+
+
+def _whole_range(experiment):
+    return (experiment.stage1.w_min, experiment.stage1.w_max)
+
+
+def _init(experiment, w_conditioned, parameterisation):
+    return functools.partial(initial_params, experiment, w_conditioned, parameterisation=parameterisation)
+
+
+def _teacher(experiment, outside):
+    model = make_model(experiment, w_conditioned=False) if outside is None else outside.static()
+    return Stage(
+        name="teacher",
+        position=0,
+        objective=None if outside else _denoise(experiment, model),
+        training=experiment.teacher,
+        model=model,
+        init=(lambda key: outside.params) if outside else _init(experiment, False, None),
+        parent=None,
+        teacher=None,
+        teacher_calls=0,
+        num_steps=experiment.stage2.teacher_steps,
+        w_range=_whole_range(experiment),
+    )
+
+
+def _denoise(experiment, model):
+    return make_denoise(
+        weighting=experiment.weighting,
+        null_cond=model.null_cond,
+        cond_dropout=experiment.teacher.cond_dropout,
+        num_times=experiment.teacher.num_times,
+    )
+
+
+def _to_v(experiment, teacher):
+    """A short training that turns the teacher's output into v: students then never divide by alpha or sigma."""
+    model = make_model(experiment, w_conditioned=False, parameterisation="v")
+    return dataclasses.replace(
+        teacher,
+        name="to_v",
+        position=1,
+        objective=_denoise(experiment, model),
+        training=experiment.to_v,
+        model=model,
+        init=_init(experiment, False, "v"),
+        parent=teacher.name,
+        teacher=teacher.model,
+    )
+
+
+def _stage1(experiment, guided, outside):
+    parameterisation = guided.model.parameterisation if outside is None else None
+    model = make_model(experiment, w_conditioned=True, parameterisation=parameterisation)
+    init, from_scratch = _init(experiment, True, parameterisation), outside is not None
+    if outside is not None and outside.student is not None:
+        model_fn, init = outside.student
+        model = dataclasses.replace(
+            outside.static(), model_fn=model_fn, w_conditioned=True, guided=None, members=1, student=None
+        )
+    elif outside is not None:
+        model = dataclasses.replace(model, schedule=outside.schedule, data_range=outside.data_range)
+    return Stage(
+        name="stage1",
+        position=guided.position + 1,
+        objective=make_stage1(weighting=experiment.weighting, num_times=experiment.teacher.num_times),
+        training=experiment.stage1,
+        model=model,
+        init=init,
+        parent=guided.name,
+        teacher=guided.model,
+        teacher_calls=guided.model.calls_per_step,
+        num_steps=guided.num_steps,
+        w_range=_whole_range(experiment),
+        from_scratch=from_scratch,
+    )
+
+
+def _single_w(experiment, guided, w):
+    """Stage one for one strength alone: a network without a w input (arXiv 2210.03142, section 5.1)."""
+    whole = _stage1(experiment, guided, None)
+    parameterisation = guided.model.parameterisation
+    return dataclasses.replace(
+        whole,
+        name=f"stage1_w{w:g}",
+        model=make_model(experiment, w_conditioned=False, parameterisation=parameterisation, guided=False),
+        init=_init(experiment, False, parameterisation),
+        w_range=(w, w),
+        from_scratch=guided.objective is None,
+    )
+
+
+def _rounds(experiment, first, series):
+    """The rounds of stage two from `first` on: each learns in one step what the one before does in several."""
+    config, before, teacher_steps = experiment.stage2, first, experiment.stage2.teacher_steps
+    single = first.name.removeprefix("stage1") if first.name.startswith("stage1_w") else ""
+    stages = []
+    for num_steps in config.rounds():
+        substeps = teacher_steps // num_steps
+        training = dataclasses.replace(config, updates=config.updates_of(num_steps))
+        if series == "tract":
+            training = dataclasses.replace(training, ema=config.self_ema)
+        low = experiment.stage1.w_min
+        stages.append(
+            dataclasses.replace(
+                before,
+                name=f"encode_{num_steps:04d}" if series == "encode" else f"stage2_{series}{single}_{num_steps:04d}",
+                position=before.position + 1,
+                objective=_objective(
+                    experiment.weighting, series, substeps, before.model.null_cond if series == "two" else None
+                ),
+                training=training,
+                parent=before.name,
+                teacher=before.model,
+                teacher_calls=(1 if series == "tract" else substeps) * before.model.calls_per_step,
+                num_steps=num_steps,
+                w_range=(low, low) if series == "encode" else before.w_range,
+                series=series,
+                from_scratch=False,
+            )
+        )
+        before, teacher_steps = stages[-1], num_steps
+    return stages
+
+
+@functools.cache  # rounds of one kind share the objective, hence the compiled step
+def _objective(weighting, series, substeps, null_cond):
+    if series == "encode":
+        return make_encode(weighting=weighting)
+    if series == "two":
+        return make_two_student(weighting=weighting, null_cond=null_cond)
+    if series == "tract":
+        return make_tract(weighting=weighting, group=substeps)
+    return make_stage2(weighting=weighting, series=series, substeps=substeps)

@@ -1,0 +1,114 @@
+"""Networks as Teachers: an experiment's own, that of an earlier run, and one a user's function returns."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+
+from guided_distill import guidance, sharding
+from guided_distill.checkpoint import find_stage, load_eval_params
+from guided_distill.diffusion import PARAMETERISATIONS
+from guided_distill.errors import UserError
+from guided_distill.experiment import from_config
+from guided_distill.factories import call_factory
+from guided_distill.models import BACKBONES, make_model_fn
+from guided_distill.state import check_same_model, student_params
+
+
+@functools.cache
+def _null_label(num_classes):
+    # Cached, since a compiled step is looked up by the functions it was made of.
+    return lambda cond: {**cond, "label": jnp.full_like(cond["label"], num_classes)}
+
+
+@functools.cache
+def _module(experiment, w_conditioned, parameterisation):
+    module, _ = BACKBONES[experiment.backbone]
+    both = 2 if parameterisation == "both" else 1
+    config = dataclasses.replace(
+        experiment.model,
+        num_classes=experiment.data.num_classes,
+        out_channels=both * experiment.data.sample_shape[-1],
+        w_conditioned=w_conditioned,
+    )
+    return module(config)
+
+
+@functools.cache
+def make_model(experiment, *, w_conditioned, parameterisation=None, guided=True):
+    """The experiment's network as a Teacher without weights: a teacher's, or with a w input the students'.
+
+    `parameterisation` is the experiment's where None; `guided=False` makes a network of one fixed w, with neither.
+    """
+    parameterisation = parameterisation or experiment.parameterisation
+    return guidance.Teacher(
+        model_fn=make_model_fn(_module(experiment, w_conditioned, parameterisation)),
+        params=None,
+        schedule=experiment.schedule,
+        parameterisation=parameterisation,
+        null_cond=_null_label(experiment.data.num_classes) if guided else None,
+        num_classes=experiment.data.num_classes,
+        sample_shape=experiment.data.sample_shape,
+        data_range=experiment.data.data_range,
+        w_conditioned=w_conditioned,
+    )
+
+
+def initial_params(experiment, w_conditioned, key, parameterisation=None):
+    """Fresh parameters of the experiment's network, float32."""
+    module = _module(experiment, w_conditioned, parameterisation or experiment.parameterisation)
+    z = jnp.zeros((1, *experiment.data.sample_shape))
+    one = jnp.zeros(1)
+    return jax.jit(module.init)(key, z, one, one.astype(jnp.int32), one)["params"]
+
+
+def shapes_of(init):
+    """The tree of parameters that `init` makes of a key, as ShapeDtypeStructs: nothing is computed."""
+    return jax.eval_shape(init, jax.random.key(0))
+
+
+def load_teacher(path):
+    """The teacher of an earlier run as a Teacher with its weights, to be combined (`guidance.ensemble`, ...) or used.
+
+    `path` is a workdir. Its students start from the teacher's weights. Raises UserError where there is no such run.
+    """
+    stage_dir = find_stage(path)
+    config = stage_dir.parent / "config.json"
+    if not config.exists():
+        raise UserError(f"{path}: holds no config.json; give the workdir of an earlier run")
+    experiment = from_config(json.loads(config.read_text()))
+    params = load_eval_params(stage_dir, sharding.replicated(sharding.make_mesh()))
+    init = functools.partial(initial_params, experiment, False)
+    check_same_model(params, shapes_of(init), stage_dir)
+
+    def start(key):
+        return student_params(params, initial_params(experiment, True, key))
+
+    student = make_model(experiment, w_conditioned=True)
+    return dataclasses.replace(
+        make_model(experiment, w_conditioned=False), params=params, student=(student.model_fn, start)
+    )
+
+
+def outside_teacher(name, experiment):
+    """The Teacher that the function `name` ("package.module:function") returns, fit for this experiment's data.
+
+    Raises UserError for what it lacks.
+    """
+    teacher, key = call_factory(name, "config.teacher.factory"), "config.teacher.factory"
+    if not isinstance(teacher, guidance.Teacher):
+        raise UserError(f"{key}: {name!r} returned a {type(teacher).__name__}; a guidance.Teacher is needed")
+    for what, theirs, ours in (
+        ("sample_shape", teacher.sample_shape, experiment.data.sample_shape),
+        ("num_classes", teacher.num_classes, experiment.data.num_classes),
+    ):
+        if theirs != ours:
+            raise UserError(f"{key}: the teacher of {name!r} has {what} {theirs}, the config's data {ours}")
+    if teacher.params is None or (teacher.null_cond is None and teacher.guided is None):
+        raise UserError(f"{key}: the teacher of {name!r} needs params, and null_cond or guided to be guided with")
+    if teacher.parameterisation not in PARAMETERISATIONS:
+        known = ", ".join(PARAMETERISATIONS)
+        raise UserError(f"{key}: {name!r} has parameterisation {teacher.parameterisation!r}; it must be one of {known}")
+    return teacher

@@ -1,0 +1,98 @@
+"""Every series of stage two in one run, and transfer with its encoder: the real thing, tiny."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from guided_distill import pipeline, transfer
+from guided_distill.errors import UserError
+from guided_distill.experiment import from_config
+from guided_distill.stages import make_stages
+
+ALL = {
+    "stage2.series": ("det", "sto", "encode", "two", "tract"),
+    "stage1.single_w": (4.0,),
+    "evaluate.num_steps": (1, 2),
+    "evaluate.baselines": ("ancestral", "heun"),
+    "to_v.updates": 2,
+    "to_v.batch_size": 8,
+    "parameterisation": "eps",
+}
+
+
+def test_stages_fork_from_stage_one_and_two_students_from_the_teacher():
+    stages = {stage.name: stage for stage in make_stages(from_config(tiny_config(**ALL)))}
+    parents = {name: stage.parent for name, stage in stages.items()}
+    assert parents == {
+        "teacher": None,
+        "to_v": "teacher",
+        "stage1": "to_v",
+        **{f"stage2_{series}_0002": "stage1" for series in ("det", "sto", "tract")},
+        **{f"stage2_{series}_0001": f"stage2_{series}_0002" for series in ("det", "sto", "tract", "two", "det_w4")},
+        "encode_0002": "stage1",
+        "encode_0001": "encode_0002",
+        "stage2_two_0002": "to_v",
+        "stage1_w4": "to_v",
+        "stage2_det_w4_0002": "stage1_w4",
+    }
+    assert [stages[name].position for name in ("teacher", "to_v", "stage1", "stage2_sto_0002", "stage2_two_0001")] == [
+        0, 1, 2, 3, 3,
+    ]  # fmt: skip
+    assert {stages[name].model.parameterisation for name in stages if name != "teacher"} == {"v"}
+    assert stages["encode_0001"].w_range == (0.0, 0.0) and stages["stage1_w4"].w_range == (4.0, 4.0)
+    calls = {name: stage.model.calls_per_step for name, stage in stages.items()}
+    assert (calls["to_v"], calls["stage1"], calls["stage2_two_0001"], calls["stage1_w4"]) == (2, 1, 2, 1)
+    # Rounds of one series share the objective, hence the compiled step.
+    assert stages["stage2_sto_0002"].objective is stages["stage2_sto_0001"].objective
+    assert stages["stage2_det_0002"].objective is stages["stage2_det_w4_0002"].objective
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"stage2.series": ("dot",)}, "config.stage2.series holds 'dot'; there are det, sto, encode, two, tract"),
+        ({"stage2.series": ()}, "config.stage2.series is empty"),
+        ({"stage2.num_steps": (3, 1)}, "config.stage2.num_steps: 4 -> 3 is no round"),
+        ({"stage2.num_steps": (1,), "stage2.series": ("sto",)}, "4 -> 1: series 'sto' only halves"),
+        ({"evaluate.baselines": ("euler",)}, "config.evaluate.baselines holds 'euler'; there are ancestral"),
+        ({"stage1.single_w": (9.0,)}, "config.stage1.single_w holds 9.0, outside the trained range"),
+    ],
+)
+def test_what_makes_no_rounds_is_named(values, says):
+    with pytest.raises(UserError, match=says):
+        from_config(tiny_config(**{"evaluate.num_steps": (1,), **values}))
+
+
+def test_a_round_may_skip_halvings():
+    stages = make_stages(from_config(tiny_config(**{"stage2.num_steps": (1,), "evaluate.num_steps": (1,)})))
+    assert [(stage.name, stage.num_steps, stage.teacher_calls) for stage in stages[2:]] == [("stage2_det_0001", 1, 4)]
+
+
+@pytest.mark.slow
+def test_every_series_is_trained_and_measured_and_the_encoder_transfers(tmp_path):
+    config = tiny_config(**ALL)
+    summary = pipeline.run(config, tmp_path)
+    rows = {(row["stage"], row["sampler"], row["num_steps"], row["w"]): row for row in summary["rows"]}
+    assert rows["stage2_two_0001", "deterministic", 1, 4.0]["nfe"] == 2
+    assert rows["stage2_sto_0002", "stochastic", 2, 0.0]["nfe"] == 2
+    assert rows["to_v", "heun", 2, 0.0]["nfe"] == 6
+    assert {w for stage, _, _, w in rows if stage == "stage2_det_w4_0001"} == {4.0}
+    for (stage, sampler, *_), row in rows.items():
+        assert ("distance_to_reference" in row["metrics"]) == (sampler not in ("stochastic", "ancestral")), stage
+    assert not any(stage.startswith("encode") for stage, *_ in rows)
+
+    run = pipeline.open_run(config, tmp_path)
+    leaves = [jax.tree.leaves(run.params_of(run.stage(name))) for name in ("stage2_det_0001", "stage2_sto_0001")]
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(*leaves, strict=True))
+
+    transfer.transfer(config, tmp_path, target=tmp_path, w=0.0)
+    rows = json.loads((tmp_path / "transfer.json").read_text())["rows"]
+    assert [(row["way"], row["num_steps"]) for row in rows] == [
+        ("distilled", 2), ("distilled", 1), ("DDIM", 16), ("DDIM", 2), ("DDIM", 1),
+    ]  # fmt: skip
+    assert (tmp_path / "transfer.png").stat().st_size > 1000
+    with pytest.raises(UserError, match="--w=9 is outside the range"):
+        transfer.transfer(config, tmp_path, target=tmp_path, w=9.0)
