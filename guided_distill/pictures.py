@@ -1,4 +1,8 @@
-"""Pictures of samples: grids and labelled comparisons as uint8 arrays, and PNG files."""
+"""Pictures of samples: grids and labelled comparisons as uint8 arrays, and PNG files.
+
+Samples are images [N,H,W,C] in [-1, 1] with C = 1 or 3, signals [N,L,C], drawn as lines, or vectors [N,D], whose first
+two numbers are points of one panel.
+"""
 
 import io
 import math
@@ -17,6 +21,9 @@ BACKGROUND = (255, 255, 255)
 INK = (32, 32, 32)
 PALE_INK = (90, 90, 90)
 RULE = (214, 214, 214)
+LINES = ((0, 114, 178), (213, 94, 0), (0, 158, 115))  # colours that the colour-blind tell apart
+SIGNAL_CELL = (56, 96)  # height and width of a signal's tile
+POINTS_CELL = 220  # side of a panel of points
 
 
 def to_uint8(x) -> np.ndarray:
@@ -25,7 +32,7 @@ def to_uint8(x) -> np.ndarray:
 
 
 def image_grid(x, columns: int | None = None) -> np.ndarray:
-    """Images [N,H,W,C] in [-1, 1], C = 1 or 3, row by row in one picture uint8[H',W',3]; a square by default."""
+    """Samples row by row in one picture uint8[H',W',3]; a square by default."""
     tiles = _tiles(x)
     columns = min(columns or math.ceil(math.sqrt(len(tiles))), len(tiles))
     rows = math.ceil(len(tiles) / columns)
@@ -40,7 +47,7 @@ def image_grid(x, columns: int | None = None) -> np.ndarray:
 def comparison(groups: list[tuple[str, list[tuple[str, np.ndarray]]]], title: str) -> np.ndarray:
     """Rows of images that share their columns' noise and label, in groups, as one picture uint8[H',W',3].
 
-    `groups` is [(heading, [(row label, images [N,H,W,C] in [-1, 1]), …]), …], C = 1 or 3. Texts are ASCII.
+    `groups` is [(heading, [(row label, samples [N,*S]), …]), …]. Texts are ASCII.
     """
     title_font, heading_font, font = (ImageFont.load_default(size) for size in (22, 17, 15))
     title = _drawable(title)
@@ -85,16 +92,49 @@ def save_png(path: epath.PathLike, picture: np.ndarray) -> None:
 
 
 def _tiles(x) -> np.ndarray:
-    """uint8[N,H',W',3] from images in [-1, 1], each pixel repeated so that a tile is at least MIN_CELL high."""
+    """uint8[N,H',W',3]: a tile for each image or signal, one for all points."""
+    x = np.asarray(x)
+    if x.ndim == 2:
+        return _points(x)[None]
+    if x.ndim == 3:
+        return np.stack([_signal(signal) for signal in x])
     tiles = to_uint8(x)
     if tiles.shape[-1] == 1:
         tiles = np.repeat(tiles, 3, axis=-1)
-    factor = math.ceil(MIN_CELL / tiles.shape[1])
+    factor = math.ceil(MIN_CELL / tiles.shape[1])  # each pixel repeated so that a tile is at least MIN_CELL high
     return tiles.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
+def _signal(signal) -> np.ndarray:
+    """A signal f32[L,C] as lines in uint8[H',W',3], from -1.2 at the bottom to 1.2 at the top."""
+    height, width = SIGNAL_CELL
+    tile = Image.new("RGB", (width, height), (246, 246, 246))
+    draw = ImageDraw.Draw(tile)
+    across = np.linspace(1, width - 2, len(signal))
+    down = (1.2 - np.clip(signal, -1.2, 1.2)) / 2.4 * (height - 1)
+    draw.line([(0, height // 2), (width, height // 2)], RULE)
+    for channel in range(signal.shape[1]):
+        colour = LINES[channel % len(LINES)]
+        draw.line([(float(a), float(b)) for a, b in zip(across, down[:, channel], strict=True)], colour)
+    return np.asarray(tile)
+
+
+def _points(x) -> np.ndarray:
+    """Points f32[N,D], by their first two numbers, within [-3, 3] in uint8[H',W',3]."""
+    panel = Image.new("RGB", (POINTS_CELL, POINTS_CELL), (246, 246, 246))
+    draw = ImageDraw.Draw(panel)
+    middle = POINTS_CELL // 2
+    draw.line([(0, middle), (POINTS_CELL, middle)], RULE)
+    draw.line([(middle, 0), (middle, POINTS_CELL)], RULE)
+    flat = np.pad(x[:, :2], ((0, 0), (0, 2 - min(x.shape[1], 2))))
+    for across, up in (np.clip(flat, -3, 3) / 6 + 0.5) * (POINTS_CELL - 1):
+        down = POINTS_CELL - 1 - up
+        draw.ellipse([across - 1, down - 1, across + 1, down + 1], LINES[0])
+    return np.asarray(panel)
+
+
 def _strip(x) -> np.ndarray:
-    """The images side by side, uint8[H',W',3]."""
+    """The tiles side by side, uint8[H',W',3]."""
     tiles = _tiles(x)
     height, width = tiles.shape[1:3]
     strip = np.full((height, len(tiles) * (width + GAP) - GAP, 3), BACKGROUND, np.uint8)

@@ -124,7 +124,7 @@ def _resize_set(builder, config: DataConfig) -> None:
             num_bytes=sum(path.stat().st_size for path in paths),
             filepath_template=template.template,
         )
-    image = tfds.features.Image(shape=config.image_shape, encoding_format="png")
+    image = tfds.features.Image(shape=config.sample_shape, encoding_format="png")
     dataset_info.write_dataset_info_proto(info, folder)
     # Last, since find_builder takes a folder with features.json for a finished set.
     tfds.features.FeaturesDict({"image": image, "label": source["label"]}).save_config(folder)

@@ -50,7 +50,7 @@ def test_small_sets_have_their_sizes_and_each_class_its_share(config, sizes):
     dataset = load_dataset(config)
     assert (len(dataset.train), len(dataset.test)) == sizes
     for source in (dataset.train, dataset.test):
-        assert source.images.shape[1:] == dataset.image_shape and source.images.dtype == np.uint8
+        assert source.images.shape[1:] == dataset.sample_shape and source.images.dtype == np.uint8
     train, test = (np.bincount(source.labels, minlength=10) / len(source) for source in (dataset.train, dataset.test))
     np.testing.assert_allclose(train, test, atol=1 / sizes[1])
 

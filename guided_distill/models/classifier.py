@@ -1,4 +1,4 @@
-"""A small convolutional classifier, trained on the data set itself, whose features serve the evaluation of samples."""
+"""A small classifier trained on the data set itself, whose features serve the evaluation of samples."""
 
 from functools import partial
 
@@ -13,8 +13,9 @@ FEATURES = 64
 
 
 class Classifier(nn.Module):
-    """f32[B,H,W,C] in [-1, 1] → (features f32[B,64] before dropout, logits f32[B,num_classes]).
+    """f32[B,*S] → (features f32[B,64] before dropout, logits f32[B,num_classes]); images are [B,H,W,C] in [-1, 1].
 
+    Samples of other shapes go through two dense layers.
     Convolutions between patchings by 2 × 2 that halve the image down to 4 × 4 or less; `channels` is the width of the
     first convolution, the later ones have twice as many. Patching keeps every convolution at stride 1 and small: XLA's
     gradients of these take no longer on a CPU than any of our own.
@@ -25,6 +26,12 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x, *, train: bool = False):
+        h = self._convolutions(x) if x.ndim == 4 else self._layers(x)
+        features = nn.relu(nn.Dense(FEATURES, name="features")(h.reshape(h.shape[0], -1)))
+        h = nn.Dropout(0.3, deterministic=not train)(features)
+        return features, nn.Dense(self.num_classes, name="logits")(h)
+
+    def _convolutions(self, x):
         x = _patched(x) if x.shape[1] > 8 else x
         h = nn.relu(nn.Conv(self.channels, (3, 3), name="stem")(x))
         level = 0
@@ -32,9 +39,11 @@ class Classifier(nn.Module):
             h = nn.relu(nn.Dense(2 * self.channels, name=f"halve_{level}")(_patched(h)))
             h = nn.relu(nn.Conv(2 * self.channels, (3, 3), name=f"conv_{level}")(h))
             level += 1
-        features = nn.relu(nn.Dense(FEATURES, name="features")(h.reshape(h.shape[0], -1)))
-        h = nn.Dropout(0.3, deterministic=not train)(features)
-        return features, nn.Dense(self.num_classes, name="logits")(h)
+        return h
+
+    def _layers(self, x):
+        h = nn.relu(nn.Dense(self.channels, name="stem")(x.reshape(x.shape[0], -1)))
+        return nn.relu(nn.Dense(2 * self.channels, name="dense")(h))
 
 
 def train_classifier(
@@ -42,8 +51,9 @@ def train_classifier(
 ) -> dict:
     """Parameters of a Classifier after `updates` of AdamW on cross-entropy, each image under a small random affine map.
 
-    400 updates suffice for the 8 × 8 digits and 800 for 28 × 28. `x` is f32[n,H,W,C] in [-1, 1], `label` i32[n]. The
-    same arguments give the same parameters. Raises ValueError when there are fewer images than `batch_size`.
+    Samples that are no images are taken as they are. 400 updates suffice for the 8 × 8 digits and 800 for 28 × 28. `x`
+    is f32[n,H,W,C] in [-1, 1], `label` i32[n]. The same arguments give the same parameters. Raises ValueError when
+    there are fewer images than `batch_size`.
     """
     if len(x) < batch_size:
         raise ValueError(f"a batch of {batch_size} cannot be drawn from {len(x)} images")
@@ -125,6 +135,6 @@ def _moved(x, key):
 def _loss(params, x, label, key):
     move_key, dropout_key = jax.random.split(key)
     _, logits = _classifier(params).apply(
-        {"params": params}, _moved(x, move_key), train=True, rngs={"dropout": dropout_key}
+        {"params": params}, _moved(x, move_key) if x.ndim == 4 else x, train=True, rngs={"dropout": dropout_key}
     )
     return optax.softmax_cross_entropy_with_integer_labels(logits, label).mean()
