@@ -1,6 +1,8 @@
-"""How programs are compiled where XLA's defaults are slow."""
+"""How programs are compiled and spread over cores where XLA's defaults are slow."""
 
 import functools
+import math
+import os
 
 import jax
 
@@ -23,3 +25,17 @@ def _accepted():
     except jax.errors.JaxRuntimeError:
         return False
     return True
+
+
+def one_cpu_device_per_core(batch_sizes):
+    """Makes JAX see the cores of a CPU as devices, as many as divide all `batch_sizes`. Call before JAX is used.
+
+    A network that is split over devices keeps all cores at work; one that is not leaves most of them idle between its
+    convolutions (on two cores, the digits' update takes two thirds of the time). Accelerators are not touched, nor is a
+    number of devices that XLA_FLAGS sets.
+    """
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    shared = math.gcd(*batch_sizes)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if shared % n == 0))

@@ -24,6 +24,17 @@ def compiled(model, sampler, mesh):
     return jax.jit(sample, out_shardings=sharding.batched(mesh), compiler_options=options)
 
 
+@functools.cache
+def compiled_from(model, sampler, mesh):
+    """(params, grid, z, cond, num_steps) -> x [B, *S]: the same from a given z, for samplers that draw nothing."""
+
+    def sample(params, grid, z, cond, num_steps):
+        return sampler(model.denoiser(params), grid, z, cond, num_steps, clip=model.data_range)
+
+    options = compilation.compiler_options(mesh)
+    return jax.jit(sample, out_shardings=sharding.batched(mesh), compiler_options=options)
+
+
 def sample_images(
     model, params, grid, mesh, *, seed, num, w, num_steps, batch_size, labels=None, sampler="deterministic"
 ):

@@ -12,15 +12,16 @@ from guided_distill.errors import UserError
 from guided_distill.files import write_whole
 
 
-def sample(config, workdir, *, num_steps, w, labels, num, seed, out):
+def sample(config, workdir, *, num_steps, series, w, labels, num, seed, out):
     """Writes `num` images of the student trained for `num_steps` to `out` (.png: a grid; .npz: x, label, index).
 
-    `labels`: classes, repeated over the images; None draws them from the seed. Raises UserError for a number of steps
+    `series` names whose student, the first one trained where None. `labels`: classes, repeated over the images; None
+    draws them from the seed. Raises UserError for a number of steps
     without a finished student, w outside the trained range, labels outside the classes and an `out` of another kind.
     """
     this = pipeline.open_run(config, workdir, create=False)
-    stage = _student(this, num_steps)
-    _check(this.experiment, w, labels, num, out)
+    stage = _student(this, num_steps, series)
+    _check(this.experiment, stage.w_range, w, labels, num, out)
     batch_size = min(this.experiment.evaluate.batch_size, -(-num // this.mesh.size) * this.mesh.size)
     batches = generate.sample_images(
         stage.model,
@@ -33,6 +34,7 @@ def sample(config, workdir, *, num_steps, w, labels, num, seed, out):
         num_steps=num_steps,
         batch_size=batch_size,
         labels=None if labels is None else np.resize(np.asarray(labels, np.int32), num),
+        sampler=stage.sampler,
     )
     index, label, x = (np.concatenate(values) for values in zip(*batches, strict=True))
     try:
@@ -44,23 +46,33 @@ def sample(config, workdir, *, num_steps, w, labels, num, seed, out):
             write_whole(out, buffer.getvalue())
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from error
-    print(f"{num} images, {num_steps} network evaluations each, w = {w:g}: {out}", file=sys.stderr)
+    print(
+        f"{num} samples, {num_steps * stage.model.calls_per_step} network evaluations each, w = {w:g}: {out}",
+        file=sys.stderr,
+    )
 
 
-def _student(this, num_steps):
-    by_steps = {stage.num_steps: stage for stage in this.stages if stage.position > 1 and this.finished(stage)}
-    if num_steps not in by_steps:
-        trained = ", ".join(map(str, sorted(by_steps))) or "none yet"
+def _student(this, num_steps, series):
+    # A student of one w is asked for by --series, as the name of its stage says: det_w1.
+    trained = {
+        (stage.name.removeprefix("stage2_").rpartition("_")[0], stage.num_steps): stage
+        for stage in this.stages
+        if stage.series and stage.sampler != "encode" and this.finished(stage)
+    }
+    series = series or next((name for name, _ in trained), this.experiment.stage2.series[0])
+    if (series, num_steps) not in trained:
+        found = ", ".join(f"{n} ({name})" for name, n in sorted(trained)) or "none yet"
         raise UserError(
-            f"--num_steps={num_steps}: no student was trained for it; finished in {this.workdir}: {trained}"
+            f"--num_steps={num_steps}: no student was trained for it in series {series}; finished in {this.workdir}: "
+            f"{found}"
         )
-    return by_steps[num_steps]
+    return trained[series, num_steps]
 
 
-def _check(experiment, w, labels, num, out):
-    stage1, num_classes = experiment.stage1, experiment.data.num_classes
-    if not stage1.w_min <= w <= stage1.w_max:
-        raise UserError(f"--w={w:g} is outside the trained range [{stage1.w_min:g}, {stage1.w_max:g}]")
+def _check(experiment, w_range, w, labels, num, out):
+    (low, high), num_classes = w_range, experiment.data.num_classes
+    if not low <= w <= high:
+        raise UserError(f"--w={w:g} is outside the trained range [{low:g}, {high:g}]")
     for label in labels or ():
         if not 0 <= label < num_classes:
             raise UserError(f"--labels: {label} is outside the classes 0 ... {num_classes - 1}")

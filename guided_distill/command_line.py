@@ -1,0 +1,72 @@
+"""The flags of the command line, and one line for each way of mistyping them."""
+
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from guided_distill.errors import UserError
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "An experiment: a file with get_config(); --config.key=value overrides."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<stem of the config> by default.")
+MODE = flags.DEFINE_enum("mode", "run", ["run", "evaluate", "sample", "transfer", "prepare_data"], "What to do.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the stages, parameters and memory, and stop.")
+NUM_STEPS = flags.DEFINE_integer("num_steps", 4, "sample: network evaluations per image.")
+SERIES = flags.DEFINE_string(
+    "series", None, "sample: det or sto, the series of the student; the first trained by default."
+)
+W = flags.DEFINE_float("w", 1.0, "sample, transfer: guidance strength.")
+LABELS = flags.DEFINE_list(
+    "labels", None, "sample: classes, repeated over the images; drawn from the seed by default."
+)
+TARGET = flags.DEFINE_string("target", None, "transfer: the workdir of the run whose domain is drawn in.")
+NUM = flags.DEFINE_integer("num", 64, "sample: how many images.")
+SEED = flags.DEFINE_integer("seed", 0, "sample: image k depends on (seed, k), its label and w alone.")
+OUT = flags.DEFINE_string("out", "samples.png", "sample: grid.png, or samples.npz with arrays x, label, index.")
+
+
+def parse(argv):
+    """Parses the flags. ml_collections and absl raise what they like for a mistake: each becomes one line."""
+    try:
+        rest = flags.FLAGS(argv)
+        if rest[1:]:
+            raise UserError(f"unknown argument {rest[1]!r}; see --help")
+        if CONFIG.value is None:
+            raise UserError("--config is missing: --config=configs/digits.py, for one")
+        filename = flags.FLAGS["config"].config_filename
+        if not pathlib.Path(filename.split(":")[0]).exists():
+            raise UserError(f"--config={filename}: no such file")
+        CONFIG.value.to_dict()  # a config that could not be loaded says so only when it is asked for its value
+    except (UserError, SystemExit):
+        raise
+    except Exception as error:
+        raise UserError(_one_line(error, argv)) from error
+
+
+def _one_line(error, argv):
+    """What is wrong with the flags: the argument it is about, where that can be told, and the reason."""
+    reason = str(error).strip().splitlines()[-1].strip()
+    if isinstance(error, KeyError | AttributeError):
+        reason = reason.strip("\"'")
+        about = [argument for argument in argv[1:] if f".{reason}" in argument.split("=")[0]]
+        return f"{about[0] if about else reason}: no such key in the config"
+    return reason
+
+
+def integers(flag, words):
+    """Whole numbers from the words of a list flag. Raises UserError that names the flag."""
+    try:
+        numbers = [int(word) for word in words]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise UserError(f"{flag}={','.join(words)}: must be whole numbers with commas between them")
+    return numbers
+
+
+def default_workdir():
+    """runs/<stem of the config>, with the variant of a config that has some: configs/x.py:y -> runs/x_y."""
+    path, _, variant = flags.FLAGS["config"].config_filename.partition(":")
+    return f"runs/{pathlib.Path(path).stem}{'_' * bool(variant)}{variant}"
