@@ -42,14 +42,14 @@ demo: venv
 	$(BIN)/python -m guided_distill.main --config=configs/digits.py --workdir=runs/digits
 
 test: venv
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m 'not slow'
 
 ifeq ($(SLOW_TESTS),)
 test-slow:
 	@echo 'no test is marked slow'
 else
 test-slow: venv
-	$(BIN)/python -m pytest -q -m slow $(SLOW_TESTS)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile -m slow $(SLOW_TESTS)
 endif
 
 test-all: test test-slow
