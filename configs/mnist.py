@@ -17,12 +17,12 @@ def get_config():
         patch=2,
     )
     config.teacher.update(updates=2400, batch_size=64, learning_rate=1e-3, warmup=100, decay="linear", ema=0.999)
-    config.stage1.update(updates=1000, batch_size=64, learning_rate=1e-3, decay="linear", ema=0.99)
+    config.stage1.update(updates=3000, batch_size=32, learning_rate=1e-3, decay="linear", ema=0.99)
     config.stage2.update(
         teacher_steps=32, updates=200, final_num_steps=(1, 2), final_updates=400, batch_size=64, learning_rate=3e-4
     )
     config.evaluate.update(
-        num_samples=1000, batch_size=250, w=(0.0, 1.0, 4.0), num_steps=(1, 2, 4, 8), classifier_updates=800
+        num_samples=1000, batch_size=256, w=(0.0, 1.0, 4.0), num_steps=(1, 2, 4, 8), classifier_updates=800
     )
     config.log.update(every=20, sample_every=500)
     config.checkpoint.update(every=200)
