@@ -100,6 +100,14 @@ def test_exactly_the_last_layer_of_each_branch_starts_at_zero():
     assert zero == {"layer_0/dense2", "layer_1/dense2", "embedding/w2", "dense_out"}
 
 
+def test_new_layers_hand_z_on_as_it_is():
+    """With a trained last layer a new network is affine in z."""
+    new, last = initial(STUDENT), trained(STUDENT)["dense_out"]
+    at_0, at_1, at_2 = (apply(STUDENT, new | {"dense_out": last}, z=factor * Z) for factor in np.float32([0, 1, 2]))
+    assert np.abs(at_1 - at_0).max() > 0.1
+    np.testing.assert_allclose(at_2 - at_0, 2 * (at_1 - at_0), rtol=1e-4, atol=1e-5)
+
+
 def test_student_at_initialisation_is_its_conditional_teacher_to_the_bit_for_any_w():
     teacher, fresh = trained(TINY), flat(initial(STUDENT))
     assert {path for path in fresh if path not in flat(teacher)} == {
@@ -129,15 +137,14 @@ def test_output_changes_with_every_input_of_its_own_example_only():
         assert np.abs(after[1] - before[1]).max() > 1e-3, name
 
 
-def test_the_noise_level_scales_the_response_to_z_and_not_only_shifts_the_output():
+@pytest.mark.parametrize("part", ["scale", "shift"])
+def test_scale_and_shift_each_carry_the_embedding(part):
     params = trained(TINY)
-    step = np.array([[0.5, 0.0]], np.float32)
-
-    def response(logsnr):
-        logsnr = jnp.full(3, logsnr)
-        return apply(TINY, params, z=Z + step, logsnr=logsnr) - apply(TINY, params, logsnr=logsnr)
-
-    assert np.abs(response(2.0) - response(-2.0)).max() > 1e-2
+    for layer in ("layer_0", "layer_1"):
+        for leaf in params[layer]["emb"].values():
+            half = slice(0, TINY.features) if part == "shift" else slice(TINY.features, None)
+            leaf[..., half] = 0.0
+    assert np.abs(apply(TINY, params, logsnr=LOGSNR - 2.0) - apply(TINY, params)).max() > 1e-2
 
 
 def test_bfloat16_computes_in_it_and_keeps_float32_outside():
@@ -146,3 +153,6 @@ def test_bfloat16_computes_in_it_and_keeps_float32_outside():
     low, high = apply(config, trained(config)), apply(STUDENT, trained(config))
     assert low.dtype == np.float32
     assert 1e-3 < np.sqrt(np.mean((low - high) ** 2) / np.mean(high**2)) < 0.1
+    program = str(jax.make_jaxpr(make_model_fn(MLP(config)))(trained(config), Z, LOGSNR, COND))
+    products = [line for line in program.splitlines() if "= dot_general" in line]
+    assert products and all("bf16" in line.split("=")[0] for line in products)
