@@ -50,6 +50,7 @@ def get_config():
     config.stage1 = _training(updates=100_000, learning_rate=2e-4, warmup=0, ema=0.9999)
     config.stage1.w_min = 0.0
     config.stage1.w_max = 4.0
+    config.stage1.w_margin = 0.0
     config.stage1.checkpoint = config_dict.placeholder(str)
     config.stage1.single_w = ()
 

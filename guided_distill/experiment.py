@@ -50,12 +50,14 @@ class TeacherConfig(Training):
 class Stage1Config(Training):
     """Stage one; w ~ U[w_min, w_max] here and in stage two. Trained here, or taken from `checkpoint` like a teacher.
 
+    `w_margin`, a share of the range, is added at both ends of it and what is drawn there set back to the end.
     Each w of `single_w` gets a student of its own besides, without a w input.
     """
 
     checkpoint: str | None = None
     w_min: float = 0.0
     w_max: float = 4.0
+    w_margin: float = 0.0
     single_w: tuple[float, ...] = ()
 
 
@@ -208,6 +210,8 @@ def _check(experiment):
     stage1 = experiment.stage1
     if not 0.0 <= stage1.w_min <= stage1.w_max:
         raise UserError(f"config.stage1: w_min {stage1.w_min} and w_max {stage1.w_max} must be 0 <= w_min <= w_max")
+    if stage1.w_margin < 0.0:
+        raise UserError(f"config.stage1.w_margin is {stage1.w_margin}; it must be at least 0")
     for key, strengths in (("evaluate.w", experiment.evaluate.w), ("stage1.single_w", stage1.single_w)):
         for w in strengths:
             if not stage1.w_min <= w <= stage1.w_max:

@@ -60,7 +60,7 @@ def train_stage(this, stage, progress):
             state,
             frozen,
             batches,
-            sharding.replicate(mesh, make_knobs(stage, this.grid)),
+            sharding.replicate(mesh, make_knobs(stage, this.grid, experiment.stage1.w_margin)),
             key,
             mesh=mesh,
             checkpoints=checkpoints,
@@ -117,14 +117,19 @@ def _loop(this, stage, progress):
     )
 
 
-def make_knobs(stage, grid):
-    """The traced numbers of a stage, on the host; `grid` has experiment.stage2.teacher_steps intervals."""
+def make_knobs(stage, grid, w_margin=0.0):
+    """The traced numbers of a stage, on the host; `grid` has experiment.stage2.teacher_steps intervals.
+
+    `w_margin` is a share of the stage's range of w.
+    """
+    low, high = stage.w_range
     return Knobs(
         num_steps=np.int32(stage.num_steps),
         updates=np.int32(stage.training.updates),
         peak_lr=np.float32(stage.training.learning_rate),
-        w_min=np.float32(stage.w_range[0]),
-        w_max=np.float32(stage.w_range[1]),
+        w_min=np.float32(low),
+        w_max=np.float32(high),
+        w_margin=np.float32(w_margin * (high - low)),
         grid=grid,
     )
 

@@ -1,5 +1,6 @@
 """What each objective learns: zero loss for the exact answer, and draws that belong to the example."""
 
+import dataclasses
 import functools
 
 import analytic
@@ -344,3 +345,14 @@ def test_draws_of_one_key_are_independent_and_belong_to_the_key():
     assert set(integers) == {1, 2, 3}
     for part, whole in zip(drawn(keys[7:9]), (first, second, integers, normal), strict=True):
         np.testing.assert_array_equal(part, whole[7:9])
+
+
+def test_a_margin_gives_both_ends_their_share_and_leaves_the_rest_uniform():
+    knobs = dataclasses.replace(make_knobs(w_min=1.0, w_max=3.0), w_margin=np.float32(0.5))
+    w = np.asarray(quick_jit(draws.strengths)(make_keys(), knobs))
+    low, high, inside = w == 1.0, w == 3.0, (w > 1.0) & (w < 3.0)
+    assert (low | high | inside).all()
+    # A third of all draws falls outside, half of it at each end.
+    assert abs(low.mean() - 1 / 6) < 0.06 and abs(high.mean() - 1 / 6) < 0.06
+    counts, _ = np.histogram(w[inside], bins=4, range=(1.0, 3.0))
+    assert counts.min() > 0.7 * inside.sum() / 4

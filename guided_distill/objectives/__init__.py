@@ -42,3 +42,4 @@ class Knobs:
     w_min: jax.Array
     w_max: jax.Array
     grid: diffusion.Grid  # as many intervals as the first teacher takes steps
+    w_margin: jax.Array | float = 0.0  # see draws.strengths

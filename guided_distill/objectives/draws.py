@@ -14,6 +14,15 @@ def uniform(keys, low=0.0, high=1.0):
     return low + (high - low) * jax.vmap(jax.random.uniform)(keys)
 
 
+def strengths(keys, knobs):
+    """w [B] ~ U[w_min, w_max], one per key; what a margin beyond both ends draws counts as the end itself.
+
+    Without a margin a network learns the ends of the range worst, as it sees them from one side only.
+    """
+    w = uniform(keys, knobs.w_min - knobs.w_margin, knobs.w_max + knobs.w_margin)
+    return jax.numpy.clip(w, knobs.w_min, knobs.w_max)
+
+
 def randint(keys, low, high):
     """[B] integers in [low, high), one per key."""
     return jax.vmap(lambda key: jax.random.randint(key, (), low, high))(keys)

@@ -23,7 +23,7 @@ def make_encode(*, weighting):
         i = draws.randint(key_i, 0, knobs.num_steps)
         points = knobs.grid.at(stride * (2 * i[None] + jnp.arange(3)[:, None]))
         at_s, at_m, at_t = (points.at(k) for k in range(3))
-        cond = {**cond, "w": draws.uniform(key_w, knobs.w_min, knobs.w_max)}
+        cond = {**cond, "w": draws.strengths(key_w, knobs)}
 
         z = diffusion.diffuse(x, draws.normal_like(key_eps, x), at_s.alpha, at_s.sigma)
         predictions = teacher_steps(apply["teacher"], z, cond, points)

@@ -19,7 +19,7 @@ def make_stage1(*, weighting, num_times=None):
         t = draws.uniform(key_t) if num_times is None else draws.randint(key_t, 1, num_times + 1) / num_times
         logsnr = schedule.logsnr(t)
         alpha, sigma = schedule.alpha_sigma(logsnr)
-        cond = {**cond, "w": draws.uniform(key_w, knobs.w_min, knobs.w_max)}
+        cond = {**cond, "w": draws.strengths(key_w, knobs)}
 
         z = diffusion.diffuse(x, draws.normal_like(key_eps, x), alpha, sigma)
         target = jax.lax.stop_gradient(diffusion.velocity(apply["teacher"](z, logsnr, cond), alpha, sigma))

@@ -70,7 +70,7 @@ def make_stage2(*, weighting, series="det", substeps=2):
         index = stride * jnp.maximum(substeps * i[None] - travelled, 0)
         points = knobs.grid.at(index)
         at_t = points.at(0)
-        cond = {**cond, "w": draws.uniform(key_w, knobs.w_min, knobs.w_max)}
+        cond = {**cond, "w": draws.strengths(key_w, knobs)}
 
         z = diffusion.diffuse(x, draws.normal_like(key_eps, x), at_t.alpha, at_t.sigma)
         x_hats = teacher_steps(apply["teacher"], z, cond, points).x

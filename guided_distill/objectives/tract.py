@@ -24,7 +24,7 @@ def make_tract(*, weighting, group):
         j = draws.randint(key_j, 1, num_times + 1)
         start = (j - 1) // group * group
         at_t, at_m, at_s = (knobs.grid.at(stride * index) for index in (j, j - 1, start))
-        cond = {**cond, "w": draws.uniform(key_w, knobs.w_min, knobs.w_max)}
+        cond = {**cond, "w": draws.strengths(key_w, knobs)}
 
         z = diffusion.diffuse(x, draws.normal_like(key_eps, x), at_t.alpha, at_t.sigma)
         first = apply["teacher"](z, at_t.logsnr, cond)
