@@ -13,7 +13,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from guided_distill import compilation, diffusion, generate, samplers, sharding
+from guided_distill import diffusion, generate, samplers, sharding
 from guided_distill.experiment import from_config
 from guided_distill.teachers import initial_params, make_model
 
@@ -42,10 +42,10 @@ def sampler_call(model, params, grid, mesh, batch_size, num_steps):
 
 def network_call(model, params, mesh, batch_size):
     """One jitted evaluation of the network on `batch_size` images."""
-    z = jnp.zeros((batch_size, *model.sample_shape))
-    one = jnp.ones(batch_size)
+    z, one = jnp.zeros((batch_size, *model.sample_shape)), jnp.ones(batch_size)
     cond = {"label": jnp.zeros(batch_size, jnp.int32), "w": one}
-    forward = jax.jit(model.model_fn, compiler_options=compilation.compiler_options(mesh))
+    z, one, cond = jax.device_put((z, one, cond), sharding.batched(mesh))
+    forward = jax.jit(model.model_fn, out_shardings=sharding.batched(mesh))
     return lambda: forward(params, z, one, cond)
 
 
@@ -59,7 +59,7 @@ def main():
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     experiment = from_config(module.get_config().to_dict())
 
-    compilation.one_cpu_device_per_core(args.batch_sizes)
+    sharding.one_cpu_device_per_core(args.batch_sizes)
     mesh = sharding.make_mesh()
     grid = sharding.replicate(mesh, diffusion.make_grid(experiment.schedule, TEACHER_STEPS))
     key = jax.random.key(0)

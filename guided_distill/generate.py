@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from guided_distill import compilation, samplers, sharding
+from guided_distill import samplers, sharding
 
 
 @functools.cache
@@ -20,8 +20,7 @@ def compiled(model, sampler, mesh):
         z = samplers.initial_noise(keys, model.sample_shape, model.schedule.prior_std)
         return sampler(model.denoiser(params), grid, z, cond, num_steps, keys, clip=model.data_range)
 
-    options = compilation.compiler_options(mesh)
-    return jax.jit(sample, out_shardings=sharding.batched(mesh), compiler_options=options)
+    return jax.jit(sample, out_shardings=sharding.batched(mesh))
 
 
 @functools.cache
@@ -31,8 +30,7 @@ def compiled_from(model, sampler, mesh):
     def sample(params, grid, z, cond, num_steps):
         return sampler(model.denoiser(params), grid, z, cond, num_steps, clip=model.data_range)
 
-    options = compilation.compiler_options(mesh)
-    return jax.jit(sample, out_shardings=sharding.batched(mesh), compiler_options=options)
+    return jax.jit(sample, out_shardings=sharding.batched(mesh))
 
 
 def sample_images(

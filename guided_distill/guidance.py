@@ -37,17 +37,22 @@ def classifier_free(denoiser, null_cond):
     def guided(z, logsnr, cond):
         w = cond["w"]
         cond = {name: value for name, value in cond.items() if name != "w"}
-        both = jax.tree.map(lambda c, u: jnp.concatenate([c, u]), cond, null_cond(cond))
-        prediction = denoiser(jnp.concatenate([z, z]), jnp.concatenate([logsnr, logsnr]), both)
+        both = jax.tree.map(_interleave, cond, null_cond(cond))
+        prediction = denoiser(_interleave(z, z), _interleave(logsnr, logsnr), both)
 
         def combine(output):
-            conditional, unconditional = jnp.split(output, 2)
+            conditional, unconditional = output[0::2], output[1::2]
             strength = diffusion.expand(w, z)
             return (1.0 + strength) * conditional - strength * unconditional
 
         return diffusion.Prediction(*map(combine, prediction))
 
     return guided
+
+
+def _interleave(a, b):
+    """[B, ...] twice -> [2B, ...], a's example k beside b's: what one device holds of a batch stays where it is."""
+    return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +74,15 @@ class Teacher:
     data_range: float | None = 1.0  # samples are clipped to [-data_range, data_range]; None: they are not
     w_conditioned: bool = False
     guided: Callable | None = None  # params -> guided Denoiser, where it is more than guiding model_fn
+    guided_calls: int | None = None  # network evaluations of `guided`, where they are not twice the members
     members: int = 1  # networks evaluated in one call of model_fn
     student: tuple[Callable, Callable] | None = None  # (its ModelFn with a w input, key -> the weights it starts from)
 
     @property
     def calls_per_step(self):
         """Network evaluations of one guided prediction."""
+        if self.guided_calls is not None:
+            return self.guided_calls
         return self.members * (1 if self.w_conditioned or self.null_cond is None else 2)
 
     def static(self):
@@ -103,6 +111,7 @@ def ensemble(teachers):
                     first.num_classes) for t in teachers)  # fmt: skip
     if not same_kind:
         raise ValueError("members of an ensemble need the same schedule, sample shape and classes")
+    _refuse_guided("an ensemble", *teachers)
     members = sum(teacher.members for teacher in teachers)
     if all((t.model_fn, t.parameterisation) == (first.model_fn, first.parameterisation) for t in teachers):
         params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(teacher.params for teacher in teachers))
@@ -110,7 +119,16 @@ def ensemble(teachers):
         return dataclasses.replace(first, model_fn=model_fn, params=params, members=members)
     model_fn = functools.partial(_mean_velocity, tuple(teacher.static() for teacher in teachers))
     params = tuple(teacher.params for teacher in teachers)
-    return dataclasses.replace(first, model_fn=model_fn, params=params, parameterisation="v", members=members)
+    # The first member's student says what the first member does, which need not be v.
+    student = first.student if first.parameterisation == "v" else None
+    return dataclasses.replace(
+        first, model_fn=model_fn, params=params, parameterisation="v", members=members, student=student
+    )
+
+
+def _refuse_guided(what, *teachers):
+    if any(teacher.guided is not None for teacher in teachers):
+        raise ValueError(f"{what} is made of plain teachers; combine them first, and guide or gate the result")
 
 
 def _mean_of_stacked(model_fn, params, z, logsnr, cond, *, dropout_key=None):
@@ -136,8 +154,10 @@ def autoguidance(strong, weak):
     """
     if (strong.schedule, strong.sample_shape) != (weak.schedule, weak.sample_shape):
         raise ValueError("autoguidance needs two models of the same schedule and sample shape")
+    _refuse_guided("autoguidance", strong, weak)
     guided = functools.partial(_autoguided, strong.static(), weak.static())
-    return dataclasses.replace(strong, params={"strong": strong.params, "weak": weak.params}, guided=guided)
+    params = {"strong": strong.params, "weak": weak.params}
+    return dataclasses.replace(strong, params=params, guided=guided, guided_calls=strong.members + weak.members)
 
 
 def _autoguided(strong, weak, params):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from guided_distill import compilation, guidance, metrics, optim, sharding
+from guided_distill import guidance, metrics, optim, sharding
 from guided_distill.errors import UserError
 
 _MAX_SKIPPED = 20  # non-finite updates in a row before a run is given up: more than a spike, and far from an epoch
@@ -47,8 +47,7 @@ def make_train_step(objective, student, teacher, optimiser, mesh):
         return state, {"loss": loss, **named, **optimisation, "param_norm": optax.tree.norm(state.params)}
 
     whole = sharding.replicated(mesh)
-    options = compilation.compiler_options(mesh)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole), compiler_options=options)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole))
 
 
 @dataclasses.dataclass(frozen=True)

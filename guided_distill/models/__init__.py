@@ -1,5 +1,7 @@
 """Networks. A backbone is a Linen module called as module(z, logsnr, label, w, train=...); see `make_model_fn`."""
 
+import functools
+
 from guided_distill.models.dit import DiT, DiTConfig
 from guided_distill.models.mlp import MLP, MLPConfig
 from guided_distill.models.unet import UNet, UNetConfig
@@ -8,6 +10,7 @@ from guided_distill.models.unet import UNet, UNetConfig
 BACKBONES = {"unet": (UNet, UNetConfig), "dit": (DiT, DiTConfig), "mlp": (MLP, MLPConfig)}
 
 
+@functools.cache  # so that two runs of one network have the same function, and compiled programs are found again
 def make_model_fn(module):
     """ModelFn (params, z [B, *S], logsnr [B], cond, *, dropout_key=None) -> raw [B, *S] of a backbone, nothing bound.
 
