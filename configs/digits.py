@@ -12,7 +12,6 @@ def get_config():
     )
     config.teacher.update(updates=1500, batch_size=64, learning_rate=1e-3, warmup=100, decay="linear", ema=0.999)
     # Small batches and many updates: a student that has seen too little drifts towards stronger guidance at w = 0.
-    config.stage1.w_margin = 0.1  # halves the error at w = 0, and nearly that at w = 4
     config.stage1.update(updates=4000, batch_size=32, learning_rate=1e-3, decay="linear", ema=0.99)
     config.stage2.update(teacher_steps=32, updates=300, final_updates=300, batch_size=64, learning_rate=3e-4)
     config.evaluate.update(

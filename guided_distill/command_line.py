@@ -18,9 +18,7 @@ SERIES = flags.DEFINE_string(
     "series", None, "sample: det or sto, the series of the student; the first trained by default."
 )
 W = flags.DEFINE_float("w", 1.0, "sample, transfer: guidance strength.")
-LABELS = flags.DEFINE_list(
-    "labels", None, "sample: classes, repeated over the images; drawn from the seed by default."
-)
+LABELS = flags.DEFINE_list("labels", None, "sample: classes, repeated over the images; drawn from the seed by default.")
 TARGET = flags.DEFINE_string("target", None, "transfer: the workdir of the run whose domain is drawn in.")
 NUM = flags.DEFINE_integer("num", 64, "sample: how many images.")
 SEED = flags.DEFINE_integer("seed", 0, "sample: image k depends on (seed, k), its label and w alone.")

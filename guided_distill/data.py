@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from guided_distill.errors import UserError
-from guided_distill.factories import call_factory
+from guided_distill.factories import call_factory, is_factory
 
 _IN_MEMORY_BYTES = 1 << 30  # splits below this are decoded once, since decoding would take the cores that train
 _DECODE_CHUNK = 512
@@ -99,7 +99,7 @@ def load_dataset(config: DataConfig) -> Dataset:
     "digits" is 1,500/297 and "mnist" 4,500/500, stratified, the same split every time. Raises UserError, in one line,
     for a set or package that is missing, TFRecord files, an unknown split, and images or labels unlike the config's.
     """
-    if config.name in SMALL_SETS or ":" in config.name:
+    if config.name in SMALL_SETS or is_factory(config.name):
         splits = _load_small(config) if config.name in SMALL_SETS else _load_own(config)
         train, test = (splits[_known_split(config, key)] for key in ("train_split", "test_split"))
     else:

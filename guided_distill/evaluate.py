@@ -130,7 +130,8 @@ def evaluate(run, progress):
     for entry, w, row, images in _measured(run, entries, rows, measure, progress):
         rows[entry.key(w)] = row
         shown[entry, w] = images
-        summary["rows"] = [rows[key] for key in keys if key in rows]
+        # Rows of other w or numbers of steps, measured in the same way earlier, stay.
+        summary["rows"] = [rows[key] for key in dict.fromkeys([*keys, *rows]) if key in rows]
         if run.is_main:
             write_whole(run.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
     if run.is_main:

@@ -227,8 +227,29 @@ def _check(experiment):
         raise UserError("config.teacher: checkpoint and factory both name a teacher; one is needed")
     if stage1.checkpoint and not (experiment.teacher.checkpoint or experiment.teacher.factory):
         raise UserError("config.stage1.checkpoint is given without its teacher: give config.teacher.checkpoint too")
+    if experiment.to_v.updates and experiment.teacher.factory:
+        raise UserError(
+            "config.to_v trains a teacher of this config; a teacher of a factory says what it predicts itself"
+        )
+    if len({f"{w:g}" for w in stage1.single_w}) < len(stage1.single_w):
+        raise UserError(f"config.stage1.single_w is {stage1.single_w}; name each w once, in six digits")
+    if "encode" in experiment.stage2.series:
+        _check_encoder(experiment)
     if experiment.data.flip and experiment.data.shape:
         raise UserError("config.data.flip is True; only images are flipped, and config.data.shape says these are none")
+
+
+def _check_encoder(experiment):
+    if experiment.stage1.w_min != 0.0:
+        raise UserError(
+            f"config.stage2.series holds 'encode', which is trained at w = 0; config.stage1.w_min is "
+            f"{experiment.stage1.w_min}"
+        )
+    if experiment.parameterisation == "x" and not experiment.to_v.updates:
+        raise UserError(
+            "config.stage2.series holds 'encode', which divides an x prediction by sigma = 5e-5; "
+            "predict v (config.parameterisation, or a stage config.to_v)"
+        )
 
 
 def _check_rounds(stage2):
@@ -240,6 +261,10 @@ def _check_rounds(stage2):
     for series in stage2.series:
         if series not in SERIES:
             raise UserError(f"config.stage2.series holds {series!r}; there are {', '.join(SERIES)}")
+    if len(set(stage2.series)) < len(stage2.series):
+        raise UserError(f"config.stage2.series is {stage2.series}; name each once")
+    if not 0.0 < stage2.self_ema < 1.0:
+        raise UserError(f"config.stage2.self_ema is {stage2.self_ema}; it must be between 0 and 1")
     path = [teacher_steps, *stage2.rounds()]
     for before, after in itertools.pairwise(path):
         if after < 1 or before <= after or before % after:

@@ -5,12 +5,20 @@ import importlib
 from guided_distill.errors import UserError
 
 
+def is_factory(name: str) -> bool:
+    """Whether `name` has the form of "package.module:function"; TFDS's own "name:1.0.0" has not."""
+    module_name, _, function_name = name.partition(":")
+    return function_name.isidentifier() and all(part.isidentifier() for part in module_name.split("."))
+
+
 def call_factory(name: str, key: str):
     """What the function `name` ("package.module:function", called without arguments) returns.
 
     `key` is the config key that names it. Raises UserError where there is no such module or function; what the
     function itself raises is its author's business and comes through.
     """
+    if not is_factory(name):
+        raise UserError(f"{key}: {name!r} must have the form package.module:function")
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)

@@ -98,7 +98,8 @@ def _tiles(x) -> np.ndarray:
         return _points(x)[None]
     if x.ndim == 3:
         return np.stack([_signal(signal) for signal in x])
-    tiles = to_uint8(x)
+    # Of latents with more channels, or two, the first ones are shown.
+    tiles = to_uint8(x if x.shape[-1] in (1, 3) else x[..., : 3 if x.shape[-1] > 3 else 1])
     if tiles.shape[-1] == 1:
         tiles = np.repeat(tiles, 3, axis=-1)
     factor = math.ceil(MIN_CELL / tiles.shape[1])  # each pixel repeated so that a tile is at least MIN_CELL high

@@ -80,11 +80,16 @@ def _params_of_parent(this, stage):
 
 def _first_params(stage, key, teacher_params):
     """The weights a stage starts from: fresh ones, or its teacher's with fresh ones for what the teacher lacks."""
+    # Copies throughout: the step donates its state, and the teacher, whose weights these may be, is still needed.
     if teacher_params is None or stage.from_scratch:
-        return stage.init(key)
-    if jax.tree.structure(shapes_of(stage.init)) == jax.tree.structure(teacher_params):
-        return jax.tree.map(jnp.copy, teacher_params)  # the step donates its state, and the teacher is still needed
+        return jax.tree.map(jnp.copy, stage.init(key))
+    if _kinds(shapes_of(stage.init)) == _kinds(teacher_params):
+        return jax.tree.map(jnp.copy, teacher_params)
     return student_params(teacher_params, stage.init(key))
+
+
+def _kinds(tree):
+    return jax.tree.structure(tree), [leaf.shape for leaf in jax.tree.leaves(tree)]
 
 
 def _make_writer(this, stage, overview, restored_step):

@@ -18,6 +18,7 @@ from rich.progress import track
 
 from guided_distill.data import SMALL_SETS, DataConfig, find_builder, has_array_record
 from guided_distill.errors import UserError
+from guided_distill.factories import is_factory
 
 
 def prepare(config: DataConfig) -> None:
@@ -27,8 +28,8 @@ def prepare(config: DataConfig) -> None:
     prepared first; for ImageNet, TFDS wants the ILSVRC archives in <data_dir>/downloads/manual). A set that is there is
     left alone. Raises UserError for a missing TensorFlow, an unknown set, a failed download or a damaged file.
     """
-    if config.name in SMALL_SETS:
-        return print(f"{config.name!r} comes with a Python package: there is nothing to prepare")
+    if config.name in SMALL_SETS or is_factory(config.name):
+        return print(f"{config.name!r} comes with Python code: there is nothing to prepare")
     builder = find_builder(config.name, config.data_dir)
     source, _, size = config.name.rpartition("_")
     if builder is None and source and "/" not in source and size == str(config.image_size):

@@ -51,7 +51,7 @@ class Stage:
 
 
 def make_stages(experiment: Experiment, outside=None) -> list[Stage]:
-    """teacher [-> to_v] -> stage1 -> for each series of rounds, stage2_<series>_<N> for its N, the last one 1.
+    """teacher [-> to_v] -> stage1 -> for each series, its rounds stage2_<series>_<N>, N falling.
 
     `outside` is a Teacher given in place of the experiment's own.
     """
@@ -126,7 +126,13 @@ def _stage1(experiment, guided, outside):
     if outside is not None and outside.student is not None:
         model_fn, init = outside.student
         model = dataclasses.replace(
-            outside.static(), model_fn=model_fn, w_conditioned=True, guided=None, members=1, student=None
+            outside.static(),
+            model_fn=model_fn,
+            w_conditioned=True,
+            guided=None,
+            guided_calls=None,
+            members=1,
+            student=None,
         )
     elif outside is not None:
         model = dataclasses.replace(model, schedule=outside.schedule, data_range=outside.data_range)
@@ -149,11 +155,12 @@ def _stage1(experiment, guided, outside):
 def _single_w(experiment, guided, w):
     """Stage one for one strength alone: a network without a w input (arXiv 2210.03142, section 5.1)."""
     whole = _stage1(experiment, guided, None)
-    parameterisation = guided.model.parameterisation
+    parameterisation, theirs = guided.model.parameterisation, guided.model
+    model = make_model(experiment, w_conditioned=False, parameterisation=parameterisation, guided=False)
     return dataclasses.replace(
         whole,
         name=f"stage1_w{w:g}",
-        model=make_model(experiment, w_conditioned=False, parameterisation=parameterisation, guided=False),
+        model=dataclasses.replace(model, schedule=theirs.schedule, data_range=theirs.data_range),
         init=_init(experiment, False, parameterisation),
         w_range=(w, w),
         from_scratch=guided.objective is None,
@@ -170,7 +177,6 @@ def _rounds(experiment, first, series):
         training = dataclasses.replace(config, updates=config.updates_of(num_steps))
         if series == "tract":
             training = dataclasses.replace(training, ema=config.self_ema)
-        low = experiment.stage1.w_min
         stages.append(
             dataclasses.replace(
                 before,
@@ -184,7 +190,7 @@ def _rounds(experiment, first, series):
                 teacher=before.model,
                 teacher_calls=(1 if series == "tract" else substeps) * before.model.calls_per_step,
                 num_steps=num_steps,
-                w_range=(low, low) if series == "encode" else before.w_range,
+                w_range=(0.0, 0.0) if series == "encode" else before.w_range,
                 series=series,
                 from_scratch=False,
             )

@@ -51,11 +51,10 @@ def check_same_model(params, like, what):
 
 
 def student_params(teacher_params, fresh_params):
-    """The teacher's weights by path, and fresh ones for what it lacks: the branch that takes w.
+    """The teacher's weights by path, and fresh ones for what it lacks: the branch that takes w, or an output in v.
 
     (arXiv 2210.03142, section 3.1.) Copies: the step donates its state, and the teacher is still needed.
     """
     teacher, student = (flax.traverse_util.flatten_dict(tree) for tree in (teacher_params, fresh_params))
-    return flax.traverse_util.unflatten_dict(
-        {path: jnp.copy(teacher.get(path, value)) for path, value in student.items()}
-    )
+    theirs = {path: value for path, value in teacher.items() if path in student and value.shape == student[path].shape}
+    return flax.traverse_util.unflatten_dict({path: jnp.copy(value) for path, value in (student | theirs).items()})

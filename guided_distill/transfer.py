@@ -73,6 +73,12 @@ def _check(source, other, w):
         run.require_finished()
     if not any(stage.series == "encode" for stage in source.stages):
         raise UserError(f"{source.workdir} has no encoder: train one with config.stage2.series=('det', 'encode')")
+    for num_steps in (stage.num_steps for stage in source.stages if stage.series == "encode"):
+        for run in (source, other):
+            if not any(stage.name == f"stage2_det_{num_steps:04d}" for stage in run.stages):
+                raise UserError(f"{run.workdir} has no student stage2_det_{num_steps:04d} to decode with")
+    if source.stages[0].model.schedule != other.stages[0].model.schedule:
+        raise UserError(f"--target={other.workdir}: its schedule is not the source's; they have no noise in common")
     for what in ("sample_shape", "num_classes"):
         if getattr(ours.data, what) != getattr(theirs.data, what):
             raise UserError(
@@ -100,7 +106,7 @@ def _distilled(encoding, decoding, num_steps):
 
 def _ddim_both(encoding, decoding, num_steps):
     """The stage-one students' DDIM: one call a step, as the distilled ones."""
-    grid = diffusion.make_grid(decoding.experiment.schedule, max(num_steps, decoding.grid.num_intervals))
+    grid = diffusion.make_grid(decoding.stages[0].model.schedule, max(num_steps, decoding.grid.num_intervals))
     return Model(
         _network(encoding, encoding.stage("stage1")),
         _network(decoding, decoding.stage("stage1")),

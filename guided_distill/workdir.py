@@ -85,6 +85,8 @@ def open_run(config, workdir, *, create=True) -> Run:
             sharding.check_batch(mesh, f"config.{name}.batch_size", batch_size)
     _check_network(experiment)
     outside = outside_teacher(experiment.teacher.factory, experiment) if experiment.teacher.factory else None
+    if outside is not None and outside.guided is not None and "two" in experiment.stage2.series:
+        raise UserError("config.stage2.series holds 'two', which needs a teacher with classifier-free guidance alone")
     stages = make_stages(experiment, outside)
     grid = diffusion.make_grid(stages[0].model.schedule, experiment.stage2.teacher_steps)
     run = Run(experiment, absolute(workdir), mesh, stages, sharding.replicate(mesh, grid), outside)
@@ -116,11 +118,20 @@ def _check_given(config, name, path):
         raise UserError(f"{key}: {stage_dir} is another stage; a {name} is needed")
     made_with = stage_dir.parent / "config.json"
     if made_with.exists():
-        keys = ("model", "schedule", "parameterisation")
         theirs = json.loads(made_with.read_text())
-        lines = differing_keys({k: config[k] for k in keys}, {k: theirs.get(k) for k in keys})
+        lines = differing_keys(_what_it_is(config, name), _what_it_is(theirs, name))
         if lines:
             raise UserError(f"{key}: {stage_dir} is another model ({'; '.join(lines)})")
+
+
+def _what_it_is(config, name):
+    """The part of a config that says which model a stage leaves: what would read its weights wrongly if it differed."""
+    keys = ["model", "schedule", "parameterisation"]
+    found = {key: config.get(key) for key in keys}
+    if name == "stage1":
+        found["stage1"] = {key: config["stage1"][key] for key in ("w_min", "w_max")}
+        found["to_v"] = bool(config.get("to_v", {}).get("updates"))
+    return found
 
 
 def _check_same_config(run, config):
@@ -129,7 +140,7 @@ def _check_same_config(run, config):
         theirs = json.loads(path.read_text()) if path.exists() else None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error}); delete it, or use another --workdir") from error
-    begun = any((stage.directory(run.workdir) / "checkpoints").exists() for stage in run.stages)
+    begun = any(run.workdir.glob("[0-9][0-9]_*/checkpoints"))
     lines = differing_keys(dict(config), theirs) if theirs and begun else []
     if lines:
         raise UserError(

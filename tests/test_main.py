@@ -153,7 +153,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(arguments, says, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--num_steps=3"], "--num_steps=3: no student was trained for it; finished in .*: 1, 2"),
+        (["--num_steps=3"], "--num_steps=3: no student was trained for it in series det; .*: 1 .det., 2 .det."),
         (["--num_steps=2", "--w=9"], r"--w=9 is outside the trained range \[0, 4\]"),
         (["--num_steps=2", "--labels=10"], "--labels: 10 is outside the classes 0 ... 9"),
         (["--num_steps=2", "--labels=cat"], "--labels"),

@@ -4,6 +4,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from tiny import tiny_config
@@ -24,7 +25,7 @@ def test_the_example_of_a_teacher_of_ones_own_works_as_printed(tmp_path, monkeyp
     assert importlib.util.find_spec("my_teacher")
     teacher = outside_teacher("my_teacher:make_teacher", from_config(tiny_config()))
     cond = {"label": jnp.array([0, 9]), "w": jnp.zeros(2)}
-    grid = make_grid(teacher.schedule, 16)
+    grid = jax.tree.map(jnp.asarray, make_grid(teacher.schedule, 16))
     # Of noise that is nowhere, each class makes its own mean.
     x = samplers.deterministic(teacher.denoiser(teacher.params), grid, jnp.zeros((2, 8, 8, 1)), cond, 16)
     np.testing.assert_allclose(np.asarray(x).mean((1, 2, 3)), [-0.8, 0.8], atol=0.02)
