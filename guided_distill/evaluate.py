@@ -295,18 +295,25 @@ def _comparison(experiment, entries, shown):
     return pictures.comparison(groups, f"{experiment.data.name}: the same noise and label down each column")
 
 
+def _steps(row):
+    """8 for eight steps of one call, 8x2 for a guided teacher's, and the number of calls where it is neither."""
+    steps, each = row["num_steps"], row["nfe"] / row["num_steps"]
+    if not each.is_integer():
+        return f"{steps} ({row['nfe']} calls)"
+    return str(steps) if each == 1 else f"{steps}x{each:.0f}"
+
+
 def _table(summary):
     """The rows of a summary for the terminal."""
     table = Table(title=f"frechet_classifier of real halves (noise floor): {summary['noise_floor']:.3g}")
-    for name in ("model", "steps", "calls", "w", "frechet", "score", "label", "to ref.", "ms/image"):
+    for name in ("model", "steps", "w", "frechet", "score", "label", "to ref.", "ms/image"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for row in summary["rows"]:
         values = row["metrics"]
         distance = values.get("distance_to_reference")
         table.add_row(
             row["stage"] if row["model"] == "student" or row["sampler"] == "deterministic" else row["sampler"],
-            str(row["num_steps"]),
-            str(row["nfe"]),
+            _steps(row),
             f"{row['w']:g}",
             f"{values['frechet_classifier']:.2f}",
             f"{values['score_classifier']:.2f}",

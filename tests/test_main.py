@@ -41,7 +41,9 @@ def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
     done = call(*TINY, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr and "WARNING" not in done.stderr
+    # On a busy machine Orbax warns that a save took long; of ours there is none.
+    warnings = [line for line in done.stderr.splitlines() if "WARNING" in line and "previous save" not in line]
+    assert "Traceback" not in done.stderr and not warnings, done.stderr
     return workdir
 
 

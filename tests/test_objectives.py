@@ -162,7 +162,7 @@ def told(schedule):
 def test_z_is_a_sample_of_q_at_the_time_the_network_is_told(schedule):
     for name, (z, logsnr, _) in told(schedule).items():
         alpha, sigma = schedule.alpha_sigma(logsnr)
-        x = np.tile(make_batch()["x"], (len(z) // B, 1))  # of two students, z is there twice
+        x = np.repeat(make_batch()["x"], len(z) // B, axis=0)  # of two students, z is there twice, side by side
         eps = (z - alpha[:, None] * x) / sigma[:, None]
         eps = eps[schedule.t(logsnr) > 0.1]  # before that, rounding is divided by a small sigma
         assert abs(eps.mean()) < 0.1 and abs(eps.std() - 1) < 0.1, name

@@ -14,7 +14,7 @@ from flax import traverse_util
 from guided_distill import diffusion
 from guided_distill.models import make_model_fn
 from guided_distill.models.embeddings import noise_level, sinusoid
-from guided_distill.models.unet import UNet, UNetConfig, _depth_to_space, _space_to_depth
+from guided_distill.models.unet import UNet, UNetConfig, _depth_to_space, _downsample, _space_to_depth, _upsample
 
 CIFAR10 = UNetConfig(num_classes=0)
 IMAGENET64 = UNetConfig(
@@ -237,6 +237,13 @@ def test_depth_to_space_undoes_space_to_depth(patch):
     np.testing.assert_array_equal(_depth_to_space(deep, patch), Z)
     corner = Z[:, patch : 2 * patch, :patch]
     np.testing.assert_array_equal(deep[:, 1, 0], corner.reshape(3, -1))
+
+
+def test_upsampling_repeats_each_pixel_and_its_gradient_is_their_sum():
+    repeated, pullback = jax.vjp(_upsample, Z)
+    np.testing.assert_array_equal(repeated, np.repeat(np.repeat(Z, 2, axis=1), 2, axis=2))
+    cotangent = jax.random.normal(jax.random.key(2), repeated.shape)
+    np.testing.assert_allclose(pullback(cotangent)[0], 4.0 * _downsample(cotangent), rtol=1e-5, atol=1e-6)
 
 
 def test_a_patched_network_gives_images_of_the_size_it_takes():

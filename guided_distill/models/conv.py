@@ -91,7 +91,11 @@ def _conv_bwd(precision, residuals, g):
 def _gradients_cpu(precision, lhs, rhs, g):
     same = _same(rhs)
     lhs_bar = _lax_conv(g, rhs[::-1, ::-1].swapaxes(2, 3), same, precision)
-    # Channels stand in for the batch and the batch for channels; g is a kernel as large as the image.
+    # Channels stand in for the batch and the batch for channels; one side is a kernel as large as the image: the one
+    # with more channels, since the other one's transpose is dearer. With lhs as the kernel the result is mirrored.
+    if lhs.shape[3] > g.shape[3]:
+        rhs_bar = _lax_conv(g.transpose(3, 1, 2, 0), lhs.transpose(1, 2, 0, 3), same, precision)
+        return lhs_bar, rhs_bar[:, ::-1, ::-1].transpose(1, 2, 3, 0)
     rhs_bar = _lax_conv(lhs.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), same, precision)
     return lhs_bar, rhs_bar.transpose(1, 2, 0, 3)
 

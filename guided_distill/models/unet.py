@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from guided_distill.models.conv import conv_general_dilated
 from guided_distill.models.embeddings import Embedding
+from guided_distill.models.norm import GroupNorm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +47,22 @@ def _conv(features, dtype, *, kernel=3, zero_init=False, name=None):
     )
 
 
+@jax.custom_vjp
 def _upsample(h):
     b, height, width, c = h.shape
     h = jnp.broadcast_to(h[:, :, None, :, None, :], (b, height, 2, width, 2, c))
     return h.reshape(b, 2 * height, 2 * width, c)
+
+
+def _upsample_bwd(_, g):
+    # Sums of slices: XLA's CPU takes twice as long to reduce over two short axes at once.
+    b, height, width, c = g.shape
+    g = g.reshape(b, height // 2, 2, width // 2, 2, c)
+    g = g[:, :, 0] + g[:, :, 1]
+    return (g[:, :, :, 0] + g[:, :, :, 1],)
+
+
+_upsample.defvjp(lambda h: (_upsample(h), None), _upsample_bwd)
 
 
 def _downsample(h):
@@ -70,17 +83,18 @@ class ResnetBlock(nn.Module):
     @nn.compact
     def __call__(self, x, emb, train):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        norm = functools.partial(nn.GroupNorm, config.norm_groups, dtype=dtype)
+        norm = functools.partial(GroupNorm, config.norm_groups, dtype)
         resample = _RESAMPLE[self.resample]
-        h = resample(nn.swish(norm(name="norm1")(x)))
+        h = resample(norm(name="norm1")(x, swish=True))
         x = resample(x)
         h = _conv(self.features, dtype, name="conv1")(h)
         scale, shift = jnp.split(nn.Dense(2 * self.features, dtype=dtype, name="emb")(nn.swish(emb)), 2, axis=-1)
-        h = norm(name="norm2")(h) * (1.0 + scale[:, None, None]) + shift[:, None, None]
-        h = nn.Dropout(config.dropout, deterministic=not train)(nn.swish(h))
+        h = norm(name="norm2")(h, scale, shift, swish=True)
+        h = nn.Dropout(config.dropout, deterministic=not train)(h)
         h = _conv(self.features, dtype, zero_init=True, name="conv2")(h)
         if x.shape[-1] != self.features:
-            x = nn.Dense(self.features, dtype=dtype, name="skip")(x)
+            # As a matrix: with more axes XLA's CPU transposes the gradient of the output for that of the kernel.
+            x = nn.Dense(self.features, dtype=dtype, name="skip")(x.reshape(-1, x.shape[-1])).reshape(h.shape)
         return x + h
 
 
@@ -94,7 +108,7 @@ class AttentionBlock(nn.Module):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         b, height, width, c = x.shape
         head_dim = config.head_dim or c
-        h = nn.GroupNorm(config.norm_groups, dtype=dtype, name="norm")(x).reshape(b, height * width, c)
+        h = GroupNorm(config.norm_groups, dtype, name="norm")(x).reshape(b, height * width, c)
         q, k, v = (
             nn.Dense(c, dtype=dtype, name=name)(h).reshape(b, height * width, c // head_dim, head_dim) for name in "qkv"
         )
@@ -149,7 +163,7 @@ class UNet(nn.Module):
             if level:
                 h = resnet(h, f"up_{level}_resample", features, "up")
 
-        h = nn.swish(nn.GroupNorm(config.norm_groups, dtype=dtype, name="norm_out")(h))
+        h = GroupNorm(config.norm_groups, dtype, name="norm_out")(h, swish=True)
         h = _conv(config.out_channels * config.patch**2, dtype, zero_init=True, name="conv_out")(h)
         return _depth_to_space(h, config.patch).astype(jnp.float32)
 
