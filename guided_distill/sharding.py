@@ -19,8 +19,9 @@ def make_mesh(devices=None):
 def one_cpu_device_per_core(batch_sizes):
     """Makes JAX see the cores of a CPU as devices, as many as divide all `batch_sizes`. Call before JAX is used.
 
-    XLA runs most of a network's operations on one core of a CPU device. (Its experimental library for convolutions,
-    xla_cpu_experimental_ynn_fusion_type, is as fast on one device; on two it overwrote samples, jax 0.10.2.)
+    XLA runs most of a network's operations on one core of a CPU device. (Compiling with
+    xla_cpu_experimental_ynn_fusion_type limited to dots and reductions is faster still, but on two devices samples were
+    overwritten; with XLA's default for it they were not, jax 0.10.2. The cause is not known.)
     Accelerators are not touched, nor is a number of devices that XLA_FLAGS sets.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
