@@ -10,7 +10,7 @@ The theory, in the paper's letters (arXiv 2210.03142, section 2; arXiv 2202.0051
  (4) DDIM step t -> s:  z_s = alpha_s x_hat + sigma_s eps_hat
  (5) Two steps t -> m -> s with predictions x_1 at t and x_2 at m equal the one step t -> s with prediction
         x_tilde = (z_s - (sigma_s / sigma_t) z_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)             as printed
-                = a x_1 + (1 - a) x_2,   a = (sigma_s / sigma_m) kappa(m|t) / kappa(s|t)                as computed
+                = a x_1 + (1 - a) x_2,   a = (sigma_s / sigma_m) kappa(m|t) / kappa(s|t)                convex
      with kappa(b|t) = alpha_b - sigma_b alpha_t / sigma_t = -alpha_b expm1((lambda_t - lambda_b) / 2).
      The printed form divides by kappa(s|t), which vanishes as the steps get finer; the convex form never does.
  (6) With rho = alpha / sigma, (4) from t_{j-1} to t_j with prediction x_j is
@@ -18,7 +18,7 @@ The theory, in the paper's letters (arXiv 2210.03142, section 2; arXiv 2202.0051
      and k such steps t = t_0 > ... > t_k = s add up to the one step t -> s with prediction
         x_tilde = sum_j c_j x_j,   c_j = (rho_j - rho_{j-1}) / (rho_k - rho_0)
                 = exp((lambda_j - lambda_k) / 2) expm1((lambda_{j-1} - lambda_j) / 2) / expm1((lambda_0 - lambda_k) / 2)
-     All exponents are <= 0, where rho itself reaches e^10 at t = 0. c_1 of two steps is a of (5).
+     All exponents are <= 0, where rho itself reaches e^10 at t = 0. c_1 of two steps is a of (5), which is so computed.
  (7) Two steps in v, in either direction of time, with the angle phi = arctan(sigma / alpha), d_1 = phi_t - phi_m,
      d_2 = phi_m - phi_s, and z, v_1, v_2 each divided by the sqrt(r) of its own time:
         v_tilde = (sin d_1 cos d_2 v_1 + sin d_2 v_2 - sin d_1 sin d_2 z) / sin(d_1 + d_2)
@@ -251,33 +251,25 @@ def ddim_step(prediction, alpha_s, sigma_s):
     return diffuse(prediction.x, prediction.eps, alpha_s, sigma_s)
 
 
-def convex_weight(at_t, at_m, at_s):
-    """a of (5) from three grid points of shape [B] each, t > m > s; 0 where s is t = 0, up to sigma_0."""
-    xp = _namespace(at_t.logsnr)
-
-    def kappa(at_b):
-        return -at_b.alpha * xp.expm1(0.5 * (at_t.logsnr - at_b.logsnr))
-
-    return (at_s.sigma / at_m.sigma) * kappa(at_m) / kappa(at_s)
-
-
-def two_step_target(x_1, x_2, a):
-    """x_tilde = a x_1 + (1 - a) x_2, (5): the prediction at t whose one DDIM step lands where two steps landed."""
-    a = expand(a, x_1)
-    return a * x_1 + (1.0 - a) * x_2
+def kappa(at_b, at_t):
+    """kappa(b|t) of (5): a DDIM step is z_b = (sigma_b / sigma_t) z_t + kappa(b|t) x_hat."""
+    return -at_b.alpha * _namespace(at_t.logsnr).expm1(0.5 * (at_t.logsnr - at_b.logsnr))
 
 
 def convex_weights(points):
-    """c_1 .. c_k of (6), [k, B], from the k + 1 grid points of k steps, a Grid of shape [k + 1, B] from t to s < t."""
+    """c_1 .. c_k of (6), [k, B], from the k + 1 grid points of k steps, a Grid of shape [k + 1, B] from t to s.
+
+    Steps of no length have weight 0. Where s is t = 0 the last step has all the weight, up to sigma_0.
+    """
     xp, logsnr = _namespace(points.logsnr), points.logsnr
     whole = xp.expm1(0.5 * (logsnr[:1] - logsnr[-1:]))
     return xp.exp(0.5 * (logsnr[1:] - logsnr[-1:])) * xp.expm1(0.5 * (logsnr[:-1] - logsnr[1:])) / whole
 
 
 def composite_target(x, weights):
-    """x_tilde = sum_j c_j x_j, (6), of predictions [k, B, *S] with weights [k, B]: `two_step_target` for any k.
+    """x_tilde = sum_j c_j x_j, (6): the prediction at t whose one DDIM step lands where the k steps landed.
 
-    A prediction of weight 0 has no part in it, even where it is not finite.
+    x [k, B, *S], weights [k, B]. A prediction of weight 0 has no part in it, even where it is not finite.
     """
     weights = expand(weights, x)
     return _namespace(x).where(weights == 0.0, 0.0, weights * x).sum(0)

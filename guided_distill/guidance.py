@@ -35,19 +35,28 @@ def classifier_free(denoiser, null_cond):
     """
 
     def guided(z, logsnr, cond):
-        w = cond["w"]
-        cond = {name: value for name, value in cond.items() if name != "w"}
+        w, cond = _take_w(cond)
         both = jax.tree.map(_interleave, cond, null_cond(cond))
         prediction = denoiser(_interleave(z, z), _interleave(logsnr, logsnr), both)
-
-        def combine(output):
-            conditional, unconditional = output[0::2], output[1::2]
-            strength = diffusion.expand(w, z)
-            return (1.0 + strength) * conditional - strength * unconditional
-
-        return diffusion.Prediction(*map(combine, prediction))
+        conditional, unconditional = (jax.tree.map(lambda x, k=k: x[k::2], prediction) for k in (0, 1))
+        return _away_from(unconditional, conditional, w)
 
     return guided
+
+
+def _take_w(cond):
+    """w [B] and the rest of a cond."""
+    return cond["w"], {name: value for name, value in cond.items() if name != "w"}
+
+
+def _away_from(worse, better, w):
+    """(1 + w) better - w worse, of two Predictions; w [B]."""
+
+    def combine(theirs, ours):
+        strength = diffusion.expand(w, ours)
+        return (1.0 + strength) * ours - strength * theirs
+
+    return jax.tree.map(combine, worse, better)
 
 
 def _interleave(a, b):
@@ -167,10 +176,8 @@ def _autoguided(strong, weak, params):
     )
 
     def denoiser(z, logsnr, cond):
-        w = diffusion.expand(cond["w"], z)
-        cond = {name: value for name, value in cond.items() if name != "w"}
-        pairs = zip(good(z, logsnr, cond), bad(z, logsnr, cond), strict=True)
-        return diffusion.Prediction(*((1.0 + w) * ours - w * theirs for ours, theirs in pairs))
+        w, cond = _take_w(cond)
+        return _away_from(bad(z, logsnr, cond), good(z, logsnr, cond), w)
 
     return denoiser
 

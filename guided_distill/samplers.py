@@ -38,11 +38,6 @@ def renoise_variance(at_t, at_s):
     return -jnp.expm1(at_t.logsnr - at_s.logsnr) * at_t.sigma**2
 
 
-def _kappa(at_s, at_t):
-    """kappa(s|t) of (5) in `diffusion`: a DDIM step is z_s = (sigma_s / sigma_t) z_t + kappa(s|t) x_hat."""
-    return -at_s.alpha * jnp.expm1(0.5 * (at_t.logsnr - at_s.logsnr))
-
-
 def _points(grid, num_steps):
     """i -> the grid point of t = i/N."""
     stride = grid.num_intervals // num_steps
@@ -125,7 +120,7 @@ def dpm_solver_pp_2m(denoiser, grid, z, cond, num_steps, keys=None, *, clip=None
         ratio = (at_s.logsnr - at_t.logsnr) / (at_t.logsnr - at_before.logsnr)
         ahead = jnp.where(i == num_steps, 0.0, 0.5 * ratio)
         z_s = diffusion.ddim_step(prediction, at_s.alpha, at_s.sigma)
-        return z_s + _kappa(at_s, at_t) * ahead * (prediction.x - x_before)
+        return z_s + diffusion.kappa(at_s, at_t) * ahead * (prediction.x - x_before)
 
     return _descend(denoiser, grid, z, cond, num_steps, clip, advance)
 

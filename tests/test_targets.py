@@ -13,6 +13,15 @@ def points(grid, i, num_steps, jumps=(0.0, 0.5, 1.0)):
     return [grid.at(np.array([round(unit * (i - jump))])) for jump in jumps]
 
 
+def first_weight(*at):
+    """a of (5), from the three grid points of two steps."""
+    return diffusion.convex_weights(diffusion.Grid(*map(np.stack, zip(*at, strict=True))))[0]
+
+
+def two_step_target(x_1, x_2, a):
+    return diffusion.composite_target(np.stack([x_1, x_2]), np.stack([a, 1 - a]))
+
+
 # (4): the DDIM step
 
 
@@ -45,37 +54,37 @@ COSINE_WEIGHTS = {
 @pytest.mark.parametrize(("num_steps", "i"), COSINE_WEIGHTS)
 def test_convex_weight_values(num_steps, i):
     expected = COSINE_WEIGHTS[num_steps, i]
-    exact = diffusion.convex_weight(*points(grid64(diffusion.Cosine(), 1024), i, num_steps))
+    exact = first_weight(*points(grid64(diffusion.Cosine(), 1024), i, num_steps))
     np.testing.assert_allclose(exact, expected, atol=6e-7)
     stored = diffusion.make_grid(diffusion.Cosine(), 1024)
-    np.testing.assert_allclose(diffusion.convex_weight(*points(stored, i, num_steps)), expected, atol=1e-4)
+    np.testing.assert_allclose(first_weight(*points(stored, i, num_steps)), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(("num_steps", "i", "expected"), [(4, 3, 0.292907), (4, 4, 0.414214), (8, 8, 0.480215)])
 def test_convex_weight_of_jumps_of_two(num_steps, i, expected):
     at = points(grid64(diffusion.Cosine(), 16), i, num_steps, jumps=(0, 1, 2))
-    np.testing.assert_allclose(diffusion.convex_weight(*at), expected, atol=6e-7)
+    np.testing.assert_allclose(first_weight(*at), expected, atol=6e-7)
 
 
 @pytest.mark.parametrize(("num_steps", "i", "expected"), [(2, 1, 0.585786), (4, 1, 0.648834), (4, 3, 0.519785)])
 def test_convex_weight_of_reversed_steps(num_steps, i, expected):
     at = points(grid64(diffusion.Cosine(), 16), i, num_steps, jumps=(0, -0.5, -1))
-    np.testing.assert_allclose(diffusion.convex_weight(*at), expected, atol=6e-7)
+    np.testing.assert_allclose(first_weight(*at), expected, atol=6e-7)
     from_clean = points(grid64(diffusion.Cosine(), 16), 0, num_steps, jumps=(0, -0.5, -1))
-    assert 0.9998 < diffusion.convex_weight(*from_clean)[0] < 1.0
+    assert 0.9998 < first_weight(*from_clean)[0] < 1.0
 
 
 @pytest.mark.parametrize(("num_steps", "expected"), [(2, 0.320115), (4, 0.388580), (8, 0.436249)])
 def test_convex_weight_on_the_stable_diffusion_schedule(num_steps, expected):
     at = points(grid64(diffusion.DiscreteBetas(), 16), num_steps, num_steps)
-    np.testing.assert_allclose(diffusion.convex_weight(*at), expected, atol=6e-7)
+    np.testing.assert_allclose(first_weight(*at), expected, atol=6e-7)
 
 
 @each_schedule
 def test_convex_weight_is_the_ratio_of_sines_below_one_half(schedule):
     grid = grid64(schedule, 128)
     at_t, at_m, at_s = (grid.at(2 * np.arange(2, 65) - k) for k in range(3))
-    a = diffusion.convex_weight(at_t, at_m, at_s)
+    a = first_weight(at_t, at_m, at_s)
     assert (a > 0).all() and (a < 0.5).all()
     phi_t, phi_m, phi_s = (np.arctan2(at.sigma, at.alpha) for at in (at_t, at_m, at_s))
     sines = np.sin(phi_s) * np.sin(phi_t - phi_m) / (np.sin(phi_m) * np.sin(phi_t - phi_s))
@@ -85,7 +94,7 @@ def test_convex_weight_is_the_ratio_of_sines_below_one_half(schedule):
 def test_convex_weight_of_straight_paths_is_half_the_ratio_of_the_noise():
     grid = grid64(diffusion.RectifiedFlow(), 128)
     at_t, at_m, at_s = (grid.at(2 * np.arange(1, 65) - k) for k in range(3))
-    np.testing.assert_allclose(diffusion.convex_weight(at_t, at_m, at_s), at_s.sigma / at_m.sigma / 2, rtol=1e-9)
+    np.testing.assert_allclose(first_weight(at_t, at_m, at_s), at_s.sigma / at_m.sigma / 2, rtol=1e-9)
 
 
 def two_steps(z, x_1, x_2, at_t, at_m, at_s):
@@ -121,7 +130,7 @@ def test_convex_equals_printed_equals_velocity_form(schedule, num_steps, i):
     at = points(grid64(schedule, 128), i, num_steps)
     z, x_1, x_2 = RNG.standard_normal((3, 1, 32))
     z_m, z_s = two_steps(z, x_1, x_2, *at)
-    convex = diffusion.two_step_target(x_1, x_2, diffusion.convex_weight(*at))
+    convex = two_step_target(x_1, x_2, first_weight(*at))
     np.testing.assert_allclose(convex, printed(z, z_s, at[0], at[2]), atol=1e-12)
     np.testing.assert_allclose(convex, in_velocities(z, z_m, x_1, x_2, *at), atol=1e-12)
 
@@ -139,7 +148,7 @@ def test_one_step_with_the_target_lands_where_two_steps_land(schedule, num_steps
         return diffusion.ddim_step(prediction, there.alpha, there.sigma)
 
     end_of_two = step(x_2, step(x_1, z, at_t, at_m), at_m, at_s)
-    target = diffusion.two_step_target(x_1, x_2, diffusion.convex_weight(at_t, at_m, at_s))
+    target = two_step_target(x_1, x_2, first_weight(at_t, at_m, at_s))
     np.testing.assert_allclose(step(target, z, at_t, at_s), end_of_two, atol=2e-6)
 
 
@@ -149,8 +158,8 @@ def test_constant_predictor_is_a_fixed_point_of_the_target(schedule, num_steps):
     grid = diffusion.make_grid(schedule, 2 * num_steps)
     x = RNG.standard_normal((num_steps, 5)).astype(np.float32)
     i = np.arange(1, num_steps + 1)
-    a = diffusion.convex_weight(*(grid.at(2 * i - k) for k in range(3)))
-    np.testing.assert_allclose(diffusion.two_step_target(x, x, a), x, rtol=1e-6)
+    a = first_weight(*(grid.at(2 * i - k) for k in range(3)))
+    np.testing.assert_allclose(two_step_target(x, x, a), x, rtol=1e-6)
 
 
 # (6): the target of k steps
@@ -178,17 +187,6 @@ def test_one_step_with_the_target_of_k_predictions_lands_where_k_steps_land(sche
         z = step(x[j], z, path.at(j), path.at(j + 1))
     target = diffusion.composite_target(x, weights)
     np.testing.assert_allclose(step(target, start, path.at(0), path.at(k)), z, atol=1e-12)
-
-
-@each_schedule
-@pytest.mark.parametrize("stride", [1, 2, 8])
-def test_weights_of_two_predictions_are_the_convex_weight(schedule, stride):
-    path = steps_of(grid64(schedule, 128), np.arange(2 * stride, 129), 2, stride)
-    a = diffusion.convex_weight(*(path.at(j) for j in range(3)))
-    np.testing.assert_allclose(diffusion.convex_weights(path), [a, 1 - a], rtol=1e-10)
-    x = RNG.standard_normal((2, len(a), 3))
-    composite = diffusion.composite_target(x, diffusion.convex_weights(path))
-    np.testing.assert_allclose(composite, diffusion.two_step_target(*x, a), atol=1e-12)
 
 
 @each_schedule
@@ -243,7 +241,7 @@ def test_target_in_v_is_the_convex_one(schedule, direction):
         return diffusion.to_prediction("v", v, z, at.alpha, at.sigma)
 
     x_1, x_2 = read(v_1, z, at[0]).x, read(v_2, step_in_v(v_1, z, at[0], at[1]), at[1]).x
-    convex = diffusion.two_step_target(x_1, x_2, diffusion.convex_weight(*at))
+    convex = two_step_target(x_1, x_2, first_weight(*at))
     v = diffusion.two_step_velocity(v_1, v_2, z, *at)
     np.testing.assert_allclose(read(v, z, at[0]).x, convex, atol=1e-12)
     inner = at[0].sigma > 1e-3  # x says what v is everywhere but at t = 0

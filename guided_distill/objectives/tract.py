@@ -5,15 +5,17 @@ import jax.numpy as jnp
 
 from guided_distill import diffusion
 from guided_distill.objectives import draws
+from guided_distill.objectives.stage2 import path_weights
 
 
-def make_tract(*, weighting, group):
+def make_tract(*, weighting, group, clip=None):
     """omega(logsnr_t) || x_student(z_t, c, w) - x_tilde ||^2 at t = j/T, j ~ U{1 .. T}, T = `group` * N.
 
     The T steps lie in N = knobs.num_steps groups, and the student jumps from any t to the start s of its group.
-    x_tilde, (5), is the teacher's DDIM step t -> t - 1/T followed by the jump t - 1/T -> s of apply["target_ema"], the
-    moving average of the student; the teacher's prediction alone where its step lands on s, else the average's alone
-    where s = 0. N is traced, and T divides the grid. The loss is taken in x, in float32.
+    x_tilde, (6), is that of the teacher's DDIM step t -> t - 1/T and the jump t - 1/T -> s of apply["target_ema"], the
+    moving average of the student: the teacher's prediction alone where its step lands on s, else the average's alone
+    where s = 0. With `clip` the teacher's x_hat is kept in [-clip, clip]. N is traced, and T divides the grid. The loss
+    is taken in x, in float32.
     """
 
     def objective(apply, schedule, batch, knobs, keys):
@@ -23,17 +25,20 @@ def make_tract(*, weighting, group):
         stride = knobs.grid.num_intervals // num_times
         j = draws.randint(key_j, 1, num_times + 1)
         start = (j - 1) // group * group
-        at_t, at_m, at_s = (knobs.grid.at(stride * index) for index in (j, j - 1, start))
+        index = stride * jnp.stack([j, j - 1, start])
+        points = knobs.grid.at(index)
+        at_t, at_m = points.at(0), points.at(1)
         cond = {**cond, "w": draws.strengths(key_w, knobs)}
 
         z = diffusion.diffuse(x, draws.normal_like(key_eps, x), at_t.alpha, at_t.sigma)
         first = apply["teacher"](z, at_t.logsnr, cond)
+        if clip is not None:
+            first = diffusion.clip_prediction(first, z, at_t.alpha, at_t.sigma, clip)
         z_m = diffusion.ddim_step(first, at_m.alpha, at_m.sigma)
         second = apply["target_ema"](z_m, at_m.logsnr, cond)
-        a = jnp.where(start == 0, 0.0, diffusion.convex_weight(at_t, at_m, at_s))
-        lands_on_start = diffusion.expand(j - 1 == start, z)
-        target = jnp.where(lands_on_start, first.x, diffusion.two_step_target(first.x, second.x, a))
-        x_mse = diffusion.mean_square(apply["student"](z, at_t.logsnr, cond).x - jax.lax.stop_gradient(target))
+        x_hats = jnp.stack([first.x, second.x])
+        target = jax.lax.stop_gradient(diffusion.composite_target(x_hats, path_weights(index, points)))
+        x_mse = diffusion.mean_square(apply["student"](z, at_t.logsnr, cond).x - target)
         return diffusion.loss_weight_x(weighting, at_t.alpha, at_t.sigma) * x_mse, {"x_mse": x_mse}
 
     return objective
