@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from guided_distill import analytic, generate, pictures, plots, workdir
-from guided_distill.samplers import image_keys, initial_noise
+from guided_distill import analytic, diffusion, generate, pictures, plots, workdir
+from guided_distill.samplers import image_keys, initial_noise, predict
 
 BOUNDS = {0.0: 0.05, 0.3: 0.05, 1.0: 0.05, 2.0: 0.05, 4.0: 0.10}  # of the one-step student, by w
 _SEED = 7
@@ -118,8 +118,6 @@ def draw(run, found, out):
 
 
 def _trajectories(run, w):
-    from guided_distill.samplers import predict
-
     model, params = run.stages[0].model, run.outside.params
     z = initial_noise(image_keys(_SEED, jnp.arange(_PATHS)), (2,))
     cond = {"label": jnp.arange(_PATHS) % model.num_classes, "w": jnp.full(_PATHS, w)}
@@ -128,7 +126,7 @@ def _trajectories(run, w):
     def step(z, i):
         prediction = predict(denoiser, z, run.grid.at(i), cond)
         after = run.grid.at(i - 1)
-        return after.alpha * prediction.x + after.sigma * prediction.eps, z
+        return diffusion.ddim_step(prediction, after.alpha, after.sigma), z
 
     last, path = jax.jit(lambda z: jax.lax.scan(step, z, jnp.arange(steps, 0, -1)))(z)
     paths = np.concatenate([np.asarray(path), np.asarray(last)[None]])

@@ -45,7 +45,8 @@ def network_call(model, params, mesh, batch_size):
     z, one = jnp.zeros((batch_size, *model.sample_shape)), jnp.ones(batch_size)
     cond = {"label": jnp.zeros(batch_size, jnp.int32), "w": one}
     z, one, cond = jax.device_put((z, one, cond), sharding.batched(mesh))
-    forward = jax.jit(model.model_fn, out_shardings=sharding.batched(mesh))
+    options = sharding.compiler_options(mesh)
+    forward = jax.jit(model.model_fn, out_shardings=sharding.batched(mesh), compiler_options=options)
     return lambda: forward(params, z, one, cond)
 
 
@@ -59,7 +60,6 @@ def main():
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     experiment = from_config(module.get_config().to_dict())
 
-    sharding.one_cpu_device_per_core(args.batch_sizes)
     mesh = sharding.make_mesh()
     grid = sharding.replicate(mesh, diffusion.make_grid(experiment.schedule, TEACHER_STEPS))
     key = jax.random.key(0)

@@ -19,8 +19,7 @@ import numpy as np
 from configs import digits
 from guided_distill import diffusion, optim, sharding, train
 from guided_distill.experiment import from_config
-from guided_distill.pipeline import make_knobs
-from guided_distill.stages import make_stages
+from guided_distill.stages import make_knobs, make_stages
 from guided_distill.state import make_state
 from guided_distill.teachers import initial_params
 

@@ -38,6 +38,7 @@ def get_config():
     config.schedule = ml_collections.ConfigDict({"name": "cosine"})
     config.parameterisation = "v"
     config.weighting = "snr_trunc"
+    config.clip_targets = False
 
     config.teacher = _training(updates=500_000, learning_rate=2e-4, warmup=1000, ema=0.9999)
     config.teacher.checkpoint = config_dict.placeholder(str)
@@ -61,6 +62,15 @@ def get_config():
     config.stage2.self_ema = 0.5
     config.stage2.final_num_steps = (1, 2, 4)
     config.stage2.final_updates = 100_000
+
+    config.rounds = ml_collections.ConfigDict()
+    config.rounds.plan = "fixed"
+    config.rounds.probe_updates = 20
+    config.rounds.probe_rates = (0.5, 1.0, 2.0)
+    config.rounds.gate_every = 0
+    config.rounds.gate_least_fall = 0.02
+    config.rounds.gate_most_left = config_dict.placeholder(float)
+    config.rounds.gap_samples = 512
 
     config.evaluate = ml_collections.ConfigDict()
     config.evaluate.num_samples = 50_000

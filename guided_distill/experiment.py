@@ -93,6 +93,25 @@ class Stage2Config(Training):
 
 
 @dataclasses.dataclass(frozen=True)
+class RoundsConfig:
+    """Updates and learning rate of the rounds of stage two: the config's own ("fixed"), or planned ("auto").
+
+    "auto" spends what "fixed" would, its own cost included: shares of the updates go by the gap each round opens with,
+    and of `probe_rates` times the learning rate the best after `probe_updates` is taken. With `gate_every` a round ends
+    when its gap, looked at that often, fell by less than the share `gate_least_fall`. Where more than the share
+    `gate_most_left` of the gap is left at the end, the run stops. A gap is the loss over `gap_samples` examples.
+    """
+
+    plan: str = "fixed"
+    probe_updates: int = 20
+    probe_rates: tuple[float, ...] = (0.5, 1.0, 2.0)
+    gate_every: int = 0
+    gate_least_fall: float = 0.02
+    gate_most_left: float | None = None
+    gap_samples: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
     """The surface that is measured: the models at each of `num_steps`, the reference teacher, over `w`.
 
@@ -134,6 +153,8 @@ class Experiment:
     log: LogConfig
     checkpoint: CheckpointConfig
     to_v: Training = Training(updates=0, batch_size=0, learning_rate=0.0)  # no updates: there is no such stage
+    rounds: RoundsConfig = RoundsConfig()
+    clip_targets: bool = False  # whether students learn x_hat as the teacher's sampler clips it, or as it is
 
     @property
     def batch_sizes(self):
@@ -143,7 +164,15 @@ class Experiment:
 
 
 SERIES = ("det", "sto", "encode", "two", "tract")
-_FREE_KEYS = ("config.evaluate", "config.log", "config.checkpoint", "config.data.data_dir", "config.data.test_split")
+_PLANS = ("fixed", "auto")
+_FREE_KEYS = (
+    "config.evaluate",
+    "config.log",
+    "config.checkpoint",
+    "config.data.data_dir",
+    "config.data.test_split",
+    "config.rounds.gate_most_left",
+)
 
 
 def from_config(config):
@@ -207,6 +236,7 @@ def _check(experiment):
             raise UserError(f"config.{key} is {getattr(experiment, key)!r}; it must be one of {', '.join(choices)}")
     _check_at_least(experiment)
     _check_rounds(experiment.stage2)
+    _check_plan(experiment.rounds)
     stage1 = experiment.stage1
     if not 0.0 <= stage1.w_min <= stage1.w_max:
         raise UserError(f"config.stage1: w_min {stage1.w_min} and w_max {stage1.w_max} must be 0 <= w_min <= w_max")
@@ -276,10 +306,20 @@ def _check_rounds(stage2):
             raise UserError(f"config.stage2.num_steps: {before} -> {after}: series {only[0]!r} only halves")
 
 
+def _check_plan(rounds):
+    if rounds.plan not in _PLANS:
+        raise UserError(f"config.rounds.plan is {rounds.plan!r}; it must be one of {', '.join(_PLANS)}")
+    if not rounds.probe_rates or min(rounds.probe_rates) <= 0.0:
+        raise UserError(f"config.rounds.probe_rates is {rounds.probe_rates}; name at least one, all above 0")
+    if not 0.0 <= rounds.gate_least_fall < 1.0:
+        raise UserError(f"config.rounds.gate_least_fall is {rounds.gate_least_fall}; it must be from 0 to below 1")
+
+
 def _check_at_least(experiment):
     least = {
         "to_v.updates": 0,
         **{f"{stage}.{key}": 1 for stage in ("teacher", "stage1", "stage2") for key in ("updates", "batch_size")},
+        **{"rounds.probe_updates": 1, "rounds.gate_every": 0, "rounds.gap_samples": 1},
         **{"stage2.final_updates": 1, "log.every": 1, "log.sample_every": 0, "checkpoint.every": 1},
         **{"checkpoint.keep": 1, "evaluate.num_samples": 2, "evaluate.batch_size": 1},
         **{"evaluate.classifier_updates": 1, "data.image_size": 1, "data.channels": 1, "data.num_classes": 1},

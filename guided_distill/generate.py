@@ -11,26 +11,19 @@ from guided_distill import samplers, sharding
 
 @functools.cache
 def compiled(model, sampler, mesh):
-    """(params, grid, keys, cond, num_steps) -> x [B, *S]: a sampler of a `Teacher.static()`, jitted, over all devices.
+    """(params, grid, keys, cond, num_steps[, z]) -> x [B, *S]: a sampler of a `Teacher.static()`, jitted for a mesh.
 
-    One compilation serves all numbers of steps, and all weights of the same network.
+    One compilation serves all numbers of steps, and all weights of the same network. From a given z a sampler that
+    draws nothing needs no keys (None).
     """
 
-    def sample(params, grid, keys, cond, num_steps):
-        z = samplers.initial_noise(keys, model.sample_shape, model.schedule.prior_std)
+    def sample(params, grid, keys, cond, num_steps, z=None):
+        if z is None:
+            z = samplers.initial_noise(keys, model.sample_shape, model.schedule.prior_std)
         return sampler(model.denoiser(params), grid, z, cond, num_steps, keys, clip=model.data_range)
 
-    return jax.jit(sample, out_shardings=sharding.batched(mesh))
-
-
-@functools.cache
-def compiled_from(model, sampler, mesh):
-    """(params, grid, z, cond, num_steps) -> x [B, *S]: the same from a given z, for samplers that draw nothing."""
-
-    def sample(params, grid, z, cond, num_steps):
-        return sampler(model.denoiser(params), grid, z, cond, num_steps, clip=model.data_range)
-
-    return jax.jit(sample, out_shardings=sharding.batched(mesh))
+    options = sharding.compiler_options(mesh)
+    return jax.jit(sample, out_shardings=sharding.batched(mesh), compiler_options=options)
 
 
 def sample_images(

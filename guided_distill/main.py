@@ -9,13 +9,12 @@ from guided_distill.errors import UserError
 
 def _dispatch():
     # Imported here: a mistyped flag should not wait for JAX.
-    from guided_distill import pipeline, plan, prepare_data, sharding, transfer
+    from guided_distill import pipeline, plan, prepare_data, transfer
     from guided_distill.experiment import from_config
 
     config = flag.CONFIG.value.to_dict()
     workdir = flag.WORKDIR.value or flag.default_workdir()
     experiment = from_config(config)
-    sharding.one_cpu_device_per_core(experiment.batch_sizes.values())
     if flag.DRY_RUN.value:
         plan.dry_run(config)
     elif flag.MODE.value == "run":

@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from guided_distill import evaluate, metrics, pictures, sharding, train
+from guided_distill import evaluate, metrics, pictures, rounds, sharding, train
 from guided_distill.checkpoint import Checkpoints, mark_complete
-from guided_distill.data import make_batches
 from guided_distill.generate import sample_images
-from guided_distill.objectives import Knobs
 from guided_distill.progress import RunProgress
 from guided_distill.state import check_same_model, make_state, student_params
 from guided_distill.teachers import shapes_of
@@ -36,38 +34,35 @@ def run(config, workdir):
 
 def train_stage(this, stage, progress):
     """Trains one stage to its end, from its newest checkpoint if there is one, and marks it complete."""
-    experiment, mesh, training = this.experiment, this.mesh, stage.training
+    experiment, mesh = this.experiment, this.mesh
+    optimiser, planned = stage.training.optimiser, stage.training.updates
     directory = stage.directory(this.workdir)
     if this.is_main:
         evaluate.forget(this.workdir)
     key = jax.random.fold_in(jax.random.key(experiment.seed), stage.position)
     frozen = {} if stage.parent is None else {"teacher": _params_of_parent(this, stage)}
     params = _first_params(stage, key, frozen.get("teacher"))
-    state = sharding.replicate(mesh, make_state(params, training.optimiser))
-    batches = make_batches(
-        this.dataset.train,
-        batch_size=training.batch_size,
-        seed=experiment.seed + 1000 * stage.position,
-        flip=experiment.data.flip,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    step_fn = train.make_train_step(stage.objective, stage.model, stage.teacher, training.optimiser, mesh)
+    stage = rounds.settle(this, stage, frozen, params)
+    gate = rounds.Gate(this, stage, frozen, params)
+    state = sharding.replicate(mesh, make_state(params, optimiser))
+    step_fn = train.make_train_step(stage.objective, stage.model, stage.teacher, optimiser, mesh)
     with Checkpoints(directory, keep=experiment.checkpoint.keep) as checkpoints:
-        train.fit(
-            _loop(this, stage, progress),
+        state = train.fit(
+            _loop(this, stage, progress, gate.is_over),
             step_fn,
             state,
             frozen,
-            batches,
-            sharding.replicate(mesh, make_knobs(stage, this.grid, experiment.stage1.w_margin)),
+            rounds.batches_of(this, stage),
+            rounds.knobs_of(this, stage),
             key,
             mesh=mesh,
             checkpoints=checkpoints,
             make_writer=functools.partial(_make_writer, this, stage, metrics.parameter_overview(params)),
         )
+    progress.skip(stage.work_per_update * (planned - int(state.step)))
+    gate.check(state)
     if this.is_main:
-        mark_complete(directory, json.dumps({"stage": stage.name, "step": training.updates}) + "\n")
+        mark_complete(directory, json.dumps({"stage": stage.name, "step": int(state.step)}) + "\n")
 
 
 def _params_of_parent(this, stage):
@@ -99,7 +94,7 @@ def _make_writer(this, stage, overview, restored_step):
     return writer
 
 
-def _loop(this, stage, progress):
+def _loop(this, stage, progress, is_over):
     experiment, training = this.experiment, stage.training
 
     def on_start(step):
@@ -117,25 +112,9 @@ def _loop(this, stage, progress):
         log_every=experiment.log.every,
         sample_every=experiment.log.sample_every,
         sample=functools.partial(_write_samples, this, stage),
+        is_over=is_over,
         on_start=on_start,
         on_step=on_step,
-    )
-
-
-def make_knobs(stage, grid, w_margin=0.0):
-    """The traced numbers of a stage, on the host; `grid` has experiment.stage2.teacher_steps intervals.
-
-    `w_margin` is a share of the stage's range of w.
-    """
-    low, high = stage.w_range
-    return Knobs(
-        num_steps=np.int32(stage.num_steps),
-        updates=np.int32(stage.training.updates),
-        peak_lr=np.float32(stage.training.learning_rate),
-        w_min=np.float32(low),
-        w_max=np.float32(high),
-        w_margin=np.float32(w_margin * (high - low)),
-        grid=grid,
     )
 
 

@@ -4,9 +4,12 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+import numpy as np
+
 from guided_distill import guidance
 from guided_distill.experiment import Experiment, Training
 from guided_distill.objectives import (
+    Knobs,
     make_denoise,
     make_encode,
     make_stage1,
@@ -67,6 +70,11 @@ def make_stages(experiment: Experiment, outside=None) -> list[Stage]:
         first = _single_w(experiment, guided, w)
         stages += [first, *_rounds(experiment, first, "det")]
     return stages
+
+
+def _clip(experiment, teacher):
+    """Where the students' targets are clipped: as the teacher's samples are, or not at all."""
+    return teacher.data_range if experiment.clip_targets else None
 
 
 def _whole_range(experiment):
@@ -139,7 +147,11 @@ def _stage1(experiment, guided, outside):
     return Stage(
         name="stage1",
         position=guided.position + 1,
-        objective=make_stage1(weighting=experiment.weighting, num_times=experiment.teacher.num_times),
+        objective=make_stage1(
+            weighting=experiment.weighting,
+            num_times=experiment.teacher.num_times,
+            clip=_clip(experiment, guided.model),
+        ),
         training=experiment.stage1,
         model=model,
         init=init,
@@ -183,7 +195,11 @@ def _rounds(experiment, first, series):
                 name=f"encode_{num_steps:04d}" if series == "encode" else f"stage2_{series}{single}_{num_steps:04d}",
                 position=before.position + 1,
                 objective=_objective(
-                    experiment.weighting, series, substeps, before.model.null_cond if series == "two" else None
+                    experiment.weighting,
+                    series,
+                    substeps,
+                    before.model.null_cond if series == "two" else None,
+                    _clip(experiment, before.model),
                 ),
                 training=training,
                 parent=before.name,
@@ -200,11 +216,28 @@ def _rounds(experiment, first, series):
 
 
 @functools.cache  # rounds of one kind share the objective, hence the compiled step
-def _objective(weighting, series, substeps, null_cond):
+def _objective(weighting, series, substeps, null_cond, clip):
     if series == "encode":
         return make_encode(weighting=weighting)
     if series == "two":
-        return make_two_student(weighting=weighting, null_cond=null_cond)
+        return make_two_student(weighting=weighting, null_cond=null_cond, clip=clip)
     if series == "tract":
-        return make_tract(weighting=weighting, group=substeps)
-    return make_stage2(weighting=weighting, series=series, substeps=substeps)
+        return make_tract(weighting=weighting, group=substeps, clip=clip)
+    return make_stage2(weighting=weighting, series=series, substeps=substeps, clip=clip)
+
+
+def make_knobs(stage, grid, w_margin=0.0):
+    """The traced numbers of a stage, on the host; `grid` has experiment.stage2.teacher_steps intervals.
+
+    `w_margin` is a share of the stage's range of w.
+    """
+    low, high = stage.w_range
+    return Knobs(
+        num_steps=np.int32(stage.num_steps),
+        updates=np.int32(stage.training.updates),
+        peak_lr=np.float32(stage.training.learning_rate),
+        w_min=np.float32(low),
+        w_max=np.float32(high),
+        w_margin=np.float32(w_margin * (high - low)),
+        grid=grid,
+    )

@@ -20,6 +20,23 @@ def example_keys(key, step, batch_size):
     return jax.vmap(lambda index: jax.random.fold_in(jax.random.fold_in(key, step), index))(jnp.arange(batch_size))
 
 
+def _named_losses(objective, student, teacher):
+    """(params, ema, frozen, batch, knobs, keys) -> (loss [B], {name: [B]}): an objective with its networks bound."""
+
+    def network(params):
+        return guidance.make_denoiser(student.model_fn, params, student.schedule, student.parameterisation)
+
+    def named_losses(params, ema, frozen, batch, knobs, keys):
+        apply = {"student": network(params)}
+        if teacher is not None:
+            apply["teacher"] = teacher.denoiser(frozen["teacher"])
+        if ema is not None:
+            apply["target_ema"] = network(ema)
+        return objective(apply, student.schedule, batch, knobs, keys)
+
+    return named_losses
+
+
 @functools.cache
 def make_train_step(objective, student, teacher, optimiser, mesh):
     """(state, frozen, batch, knobs, key) -> (state, {name: scalar}), jitted; donates the state.
@@ -28,18 +45,13 @@ def make_train_step(objective, student, teacher, optimiser, mesh):
     program does not contain them. The same arguments give the same compiled step.
     """
 
+    named_losses = _named_losses(objective, student, teacher)
+
     def train_step(state, frozen, batch, knobs, key):
         keys = example_keys(key, state.step, batch["x"].shape[0])
-        apply = {} if teacher is None else {"teacher": teacher.denoiser(frozen["teacher"])}
-
-        def network(params):
-            return guidance.make_denoiser(student.model_fn, params, student.schedule, student.parameterisation)
-
-        if state.ema is not None:
-            apply["target_ema"] = network(state.ema)
 
         def mean_loss(params):
-            losses, named = objective({**apply, "student": network(params)}, student.schedule, batch, knobs, keys)
+            losses, named = named_losses(params, state.ema, frozen, batch, knobs, keys)
             return losses.mean(), {name: values.mean() for name, values in named.items()}
 
         (loss, named), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
@@ -47,7 +59,21 @@ def make_train_step(objective, student, teacher, optimiser, mesh):
         return state, {"loss": loss, **named, **optimisation, "param_norm": optax.tree.norm(state.params)}
 
     whole = sharding.replicated(mesh)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole))
+    options = sharding.compiler_options(mesh)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole), compiler_options=options)
+
+
+@functools.cache
+def make_gap(objective, student, teacher, mesh):
+    """(state, frozen, batch, knobs, key) -> mean loss of what the state samples with, jitted; same key, same draws."""
+    named_losses = _named_losses(objective, student, teacher)
+
+    def gap(state, frozen, batch, knobs, key):
+        keys = example_keys(key, 0, batch["x"].shape[0])
+        return named_losses(state.eval_params, state.ema, frozen, batch, knobs, keys)[0].mean()
+
+    options = sharding.compiler_options(mesh)
+    return jax.jit(gap, out_shardings=sharding.replicated(mesh), compiler_options=options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +87,13 @@ class Loop:
     log_every: int
     sample_every: int  # 0: never
     sample: Callable[[Any, Any, int], None]  # (writer, state, step): a look at the student on the way
+    is_over: Callable[[Any, Any, int], bool]  # (writer, state, step): whether to end before all updates are made
     on_start: Callable[[int], None]  # (step it goes on from)
     on_step: Callable[[int, int, str], None]  # (step, steps since the last call, note): progress
 
 
 def fit(loop, step_fn, state, frozen, batches, knobs, key, *, mesh, checkpoints, make_writer):
-    """Trains to `loop.updates`, going on from the newest checkpoint; returns the final TrainState, saved.
+    """Trains to `loop.updates` or `loop.is_over`, from the newest checkpoint on; returns the final TrainState, saved.
 
     `batches` yields this process's rows; `make_writer(restored_step)` opens the metrics. Raises UserError when
     updates stay non-finite, with the last good state kept.
@@ -84,7 +111,7 @@ def fit(loop, step_fn, state, frozen, batches, knobs, key, *, mesh, checkpoints,
         # the next one has been dispatched never makes the device wait. Saving waits for it anyway, and the metrics up
         # to a checkpoint must be written before it: a run that goes on from there does not see them again.
         for step in range(start, loop.updates + 1):
-            done = step == loop.updates
+            done = step == loop.updates or loop.is_over(writer, state, step)
             if loop.sample_every and (done or step % loop.sample_every == 0) and step != start:
                 loop.sample(writer, state, step)
             if (done or step % loop.checkpoint_every == 0) and step != checkpoints.latest_step():
@@ -98,6 +125,8 @@ def fit(loop, step_fn, state, frozen, batches, knobs, key, *, mesh, checkpoints,
                 state, metrics_of_step = step_fn(state, frozen, batch, knobs, key)
             report(step, pending)
             pending = metrics_of_step
+            if done:
+                break
     return state
 
 

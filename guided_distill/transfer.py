@@ -21,6 +21,7 @@ from guided_distill.workdir import open_run
 
 REFERENCE_STEPS = 512  # of DDIM, encoding and decoding
 _MOST_IMAGES = 1000
+_MOST_STEPS = 16  # of what is compared
 _SHOWN = 10
 
 
@@ -62,9 +63,9 @@ def transfer(config, workdir, *, target, w):
 
 
 def _ways(run):
-    trained = [stage.num_steps for stage in run.stages if stage.series == "encode"]
-    yield from (("distilled", _distilled, n) for n in trained if n <= 16)
-    yield from (("DDIM", _ddim_both, n) for n in sorted({*(n for n in trained if n <= 16), 16}, reverse=True))
+    trained = [stage.num_steps for stage in run.stages if stage.series == "encode" and stage.num_steps <= _MOST_STEPS]
+    yield from (("distilled", _distilled, n) for n in trained)
+    yield from (("DDIM", _ddim_both, n) for n in sorted({*trained, _MOST_STEPS}, reverse=True))
 
 
 def _check(source, other, w):
@@ -129,7 +130,7 @@ def _through(encoding, decoding, make, num_steps, data, w):
         static, params = network
         cond = {"label": jnp.asarray(data["label"]), "w": jnp.full(len(z), strength, jnp.float32)}
         z, cond = jax.device_put((z, cond), sharding.batched(mesh))
-        return generate.compiled_from(static, sampler, mesh)(params, model.grid, z, cond, steps)
+        return generate.compiled(static, sampler, mesh)(params, model.grid, None, cond, steps, z)
 
     z = run(model.encoder, samplers.encode, jnp.asarray(data["x"]), 0.0)
     return np.asarray(run(model.decoder, samplers.deterministic, z, w))

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -34,6 +38,35 @@ def test_an_image_does_not_depend_on_batches_or_devices(params):
         again, labels, other = images(params, devices, batch_size=batch_size)
         assert (again == index).all() and (labels == label).all()
         np.testing.assert_allclose(other, x, atol=1e-3)
+
+
+DEVICES = """
+import sys
+import jax
+import numpy as np
+from benchmarks import train_step
+from guided_distill import diffusion, generate, sharding
+from guided_distill.teachers import make_model
+
+experiment = train_step.digits_8x8()
+model = make_model(experiment, w_conditioned=True)
+made = []
+for devices in (jax.devices()[:1], jax.devices()):
+    mesh = sharding.make_mesh(devices)
+    params = train_step.random_params(experiment, w_conditioned=True)
+    weights, grid = sharding.replicate(mesh, (params, diffusion.make_grid(experiment.schedule, 8)))
+    batches = generate.sample_images(model, weights, grid, mesh, seed=0, num=1024, w=1.0, num_steps=8, batch_size=256)
+    made.append(np.concatenate([x for _, _, x in batches]))
+print(np.abs(made[0] - made[1]).max())
+"""
+
+
+@pytest.mark.slow
+def test_devices_that_work_at_the_same_time_do_not_disturb_each_other():
+    # In a process of its own, with XLA's own optimisation: XLA's library disturbs large batches of fast programs.
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    done = subprocess.run([sys.executable, "-c", DEVICES], env=environment, capture_output=True, text=True)
+    assert float(done.stdout) < 1e-3, done.stderr
 
 
 def test_seed_label_and_w_make_the_image(params):

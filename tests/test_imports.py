@@ -43,17 +43,18 @@ LEVEL = {
     "teachers": 6,
     "stages": 7,
     "workdir": 8,
-    "pipeline": 9,
-    "plan": 10,
-    "sample": 10,
-    "transfer": 10,
-    "command_line": 10,
-    "main": 11,
+    "rounds": 9,
+    "pipeline": 10,
+    "plan": 11,
+    "sample": 11,
+    "transfer": 11,
+    "command_line": 11,
+    "main": 12,
 }
 SIDE_BY_SIDE = 4
 # Rooms that only the named ones may import.
 IMPORTED_ONLY_BY = {
-    "train": {"pipeline"},
+    "train": {"pipeline", "rounds"},
     "evaluate": {"pipeline"},
     "evaluators": {"evaluate", "pipeline"},
 }

@@ -1,24 +1,30 @@
-"""Devices and what lies on them."""
+"""Devices, what lies on them and how programs for them are compiled."""
 
-import os
-import subprocess
-import sys
-
+import jax
 import pytest
 
-PROGRAM = """
-import jax
 from guided_distill import sharding
-sharding.one_cpu_device_per_core({sizes})
-print(jax.device_count())
-"""
 
 
-@pytest.mark.parametrize(("sizes", "divides"), [((64, 32), 32), ((64, 9), 1)])
-def test_cores_are_devices_as_many_as_divide_the_batches(sizes, divides):
-    cores = len(os.sched_getaffinity(0))
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(sizes=sizes)], env=environment, capture_output=True, text=True
-    )
-    assert int(done.stdout) == max(n for n in range(1, cores + 1) if divides % n == 0), done.stderr
+@pytest.fixture(autouse=True)
+def forget():
+    for function in (sharding.compiler_options, sharding._accepted):
+        function.cache_clear()
+    yield
+    for function in (sharding.compiler_options, sharding._accepted):
+        function.cache_clear()
+
+
+def test_programs_compile_with_the_options_of_this_machine():
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    doubled = jax.jit(lambda x: 2 * x, compiler_options=sharding.compiler_options(mesh))
+    assert doubled(3) == 6
+
+
+def test_an_option_that_this_xla_does_not_know_is_left_out(monkeypatch):
+    monkeypatch.setattr(sharding, "_ONE_CPU", {"xla_no_such_option": "1"})
+    assert sharding.compiler_options(sharding.make_mesh(jax.devices()[:1])) == {}
+
+
+def test_programs_on_several_cpu_devices_are_compiled_as_xla_does():
+    assert sharding.compiler_options(sharding.make_mesh(jax.devices()[:2])) == {}

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from guided_distill import diffusion, metrics, pipeline, sharding, train
+from guided_distill import diffusion, metrics, sharding, train
 from guided_distill.checkpoint import Checkpoints
 from guided_distill.data import load_dataset, make_batches
 from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
-from guided_distill.stages import make_stages
+from guided_distill.stages import make_knobs, make_stages
 from guided_distill.state import make_state, student_params
 from guided_distill.teachers import initial_params
 
@@ -33,7 +33,7 @@ def prepared(name, mesh):
     state = sharding.replicate(mesh, make_state(params, stage.training.optimiser))
     frozen = {} if stage.teacher is None else {"teacher": params_of(stage.teacher.w_conditioned)}
     grid = diffusion.make_grid(EXPERIMENT.schedule, EXPERIMENT.stage2.teacher_steps)
-    knobs = pipeline.make_knobs(stage, grid)
+    knobs = make_knobs(stage, grid)
     step = train.make_train_step(stage.objective, stage.model, stage.teacher, stage.training.optimiser, mesh)
     key = jax.random.key(0)
     return step, state, *(sharding.replicate(mesh, value) for value in (frozen, knobs, key))
@@ -96,7 +96,7 @@ class Stopped(Exception):
     pass
 
 
-def fit(directory, step_fn, pieces, *, updates=7, stop_before=None):
+def fit(directory, step_fn, pieces, *, updates=7, stop_before=None, over_at=None):
     """Trains in `directory`; raises Stopped when update `stop_before` would be made, as a kill would."""
     mesh, state, frozen, knobs, key = pieces
     calls = {"from": None}
@@ -107,7 +107,18 @@ def fit(directory, step_fn, pieces, *, updates=7, stop_before=None):
         calls["from"] = int(state.step) if calls["from"] is None else calls["from"]
         return step_fn(state, *rest)
 
-    loop = train.Loop("teacher", updates, 8, 2, 1, 0, None, lambda step: None, lambda step, steps, note: None)
+    loop = train.Loop(
+        name="teacher",
+        updates=updates,
+        batch_size=8,
+        checkpoint_every=2,
+        log_every=1,
+        sample_every=0,
+        sample=None,
+        is_over=lambda writer, state, step: step == over_at,
+        on_start=lambda step: None,
+        on_step=lambda step, steps, note: None,
+    )
     source = EXPERIMENT.data
     batches = make_batches(load_dataset(source).train, batch_size=8, seed=1, flip=False)
     with Checkpoints(directory) as checkpoints:
@@ -143,6 +154,17 @@ def test_a_resumed_run_is_the_undisturbed_run_to_the_bit(tmp_path):
     lines = [metrics.read_metrics(tmp_path / name) for name in ("whole", "killed")]
     assert [[line["step"] for line in each] for each in lines] == [list(range(1, 8))] * 2
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
+
+
+def test_a_loop_that_is_over_early_is_saved_and_logged_there_and_stays_over(tmp_path):
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    for _ in range(2):
+        step_fn, *rest = prepared("teacher", mesh)
+        state, _ = fit(tmp_path, step_fn, (mesh, *rest), over_at=3)
+        assert int(state.step) == 3
+        assert [line["step"] for line in metrics.read_metrics(tmp_path)] == [1, 2, 3]
+        with Checkpoints(tmp_path) as checkpoints:
+            assert checkpoints.latest_step() == 3
 
 
 def test_a_run_of_gradients_that_are_not_finite_is_given_up_and_named(tmp_path, monkeypatch):

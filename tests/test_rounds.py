@@ -1,0 +1,115 @@
+"""When a round of stage two ends, and what is planned for it, on gaps that are given."""
+
+import dataclasses
+import itertools
+import json
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from guided_distill import metrics, pipeline, rounds, sharding
+from guided_distill.errors import UserError
+from guided_distill.experiment import from_config
+from guided_distill.stages import make_stages
+
+
+def make_run(workdir, **values):
+    experiment = from_config(tiny_config(**values))
+    return types.SimpleNamespace(
+        experiment=experiment, stages=make_stages(experiment), workdir=workdir, mesh=sharding.make_mesh(), is_main=True
+    )
+
+
+def make_gate(run, monkeypatch, gaps, stage=-1):
+    """A gate whose round has the gaps [of update 0, 1, ..]; the state stands for the number of updates."""
+    monkeypatch.setattr(rounds, "gap_of", lambda *_: lambda state: gaps[int(np.ravel(state.step)[0])])
+    return rounds.Gate(run, run.stages[stage], {}, {"w": jnp.zeros(1)})
+
+
+def ends_at(gate, writer, steps):
+    states = (types.SimpleNamespace(step=step) for step in steps)
+    return next((state.step for state in states if gate.is_over(writer, state, state.step)), None)
+
+
+GAPS = [8.0, 7.5, 4.0, 3.9, 2.0, 1.5, 1.98, 1.9, 0.1]
+
+
+def test_a_round_ends_where_its_gap_stopped_falling_also_when_resumed(tmp_path, monkeypatch):
+    run = make_run(tmp_path, **{"rounds.gate_every": 2, "rounds.gate_least_fall": 0.1})
+    directory = run.stages[-1].directory(tmp_path)
+    with metrics.MetricWriter(directory) as writer:
+        assert ends_at(make_gate(run, monkeypatch, GAPS), writer, range(9)) == 6
+    assert [(line["step"], line["gap"]) for line in metrics.read_metrics(directory)] == [
+        (0, 8.0), (2, 4.0), (4, 2.0), (6, 1.98),
+    ]  # fmt: skip
+    for killed_at in (0, 3, 4, 5, 6):
+        # What it measured before is read, not measured again: another measure would say otherwise.
+        wrong = [-1.0] * (killed_at + 1) + GAPS[killed_at + 1 :]
+        with metrics.MetricWriter(directory, restored_step=killed_at or 1) as writer:
+            assert ends_at(make_gate(run, monkeypatch, wrong), writer, range(killed_at, 9)) == 6
+
+
+def test_without_a_gate_and_outside_stage_two_nothing_ends_early(tmp_path, monkeypatch):
+    flat = [1.0] * 9
+    gated = make_run(tmp_path, **{"rounds.gate_every": 1})
+    for gate in (make_gate(make_run(tmp_path), monkeypatch, flat), make_gate(gated, monkeypatch, flat, stage=1)):
+        assert ends_at(gate, None, range(9)) is None
+        gate.check(types.SimpleNamespace(step=8))
+    assert ends_at(make_gate(gated, monkeypatch, flat), metrics.MetricWriter(tmp_path, enabled=False), range(9)) == 1
+
+
+def test_a_round_that_left_too_much_of_its_gap_stops_the_run_and_says_so(tmp_path, monkeypatch):
+    run = make_run(tmp_path, **{"rounds.gate_most_left": 0.25})
+    gate = make_gate(run, monkeypatch, [8.0, 2.1, 1.9])
+    gate.check(types.SimpleNamespace(step=2))
+    with pytest.raises(UserError, match="stage2_det_0001: 26% of the gap to its teacher is left, more than config.rou"):
+        gate.check(types.SimpleNamespace(step=1))
+    with pytest.raises(UserError, match="nan% of the gap"):
+        make_gate(run, monkeypatch, [8.0, np.nan]).check(types.SimpleNamespace(step=1))
+
+
+def test_shares_spend_the_work_and_leave_least_of_the_gaps_together():
+    base = make_stages(from_config(tiny_config()))[-1]
+    stages = [dataclasses.replace(base, teacher_calls=calls) for calls in (2, 8, 2)]
+    gaps, work = np.array([1.0, 4.0, 16.0]), 1e5
+    updates = np.array(rounds.shares(stages, gaps, work))
+    costs = np.array([stage.work_per_update for stage in stages])
+    assert work * 0.99 < (updates * costs).sum() <= work
+    assert updates[2] == pytest.approx(4 * updates[0], rel=0.05)
+
+    def left(updates):
+        return (gaps / updates).sum()
+
+    for i, j in itertools.permutations(range(3), 2):
+        moved = updates.astype(float)
+        moved[i] -= 0.1 * work / costs[i] / 3
+        moved[j] += 0.1 * work / costs[j] / 3
+        assert left(moved) > left(updates)
+
+
+@pytest.mark.slow
+def test_a_planned_run_trains_what_its_plans_say_and_the_gate_holds_it_up(tmp_path):
+    values = {
+        "rounds.plan": "auto",
+        "rounds.probe_updates": 2,
+        "rounds.probe_rates": (0.5, 1.0),
+        "rounds.gap_samples": 16,
+        "stage2.updates": 20,
+        "stage2.final_updates": 20,
+    }
+    config = tiny_config(**values, **{"rounds.gate_most_left": 1e-6})
+    with pytest.raises(UserError, match="stage2_det_0002: .* of the gap to its teacher is left"):
+        pipeline.run(config, tmp_path)
+    pipeline.run(tiny_config(**values), tmp_path)
+    run = pipeline.open_run(tiny_config(**values), tmp_path)
+    for stage in run.stages[2:]:
+        directory = stage.directory(tmp_path)
+        plan = json.loads((directory / "plan.json").read_text())
+        lines = metrics.read_metrics(directory)
+        assert plan["updates"] == lines[-1]["step"] == json.loads((directory / "STAGE_COMPLETE").read_text())["step"]
+        assert lines[0]["learning_rate"] == pytest.approx(plan["learning_rate"])
+        assert plan["opening_gaps"].keys() == {"stage2_det_0002", "stage2_det_0001"}
+        assert set(map(float, plan["probes"])) == {1.5e-4, 3e-4}
