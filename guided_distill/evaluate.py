@@ -163,7 +163,9 @@ def _measured(run, entries, rows, measure, progress):
                 reference[w] = samples["x"].astype(np.float16)
             if row is None:
                 asked = reference[w] if entry.keeps_the_map else None
-                row = _row(run, entry, w, samples, _measure_samples(measure, samples, asked))
+                row = _row(
+                    run, entry, w, samples, _measure_samples(measure, samples, asked, entry.stage.model.data_range)
+                )
             yield entry, w, row, samples["x"][:few]
             progress.advance(config.num_samples * entry.calls, f"evaluating {entry.label}", f"w {w:g}")
 
@@ -249,9 +251,10 @@ def _samples(run, entry, params, w, *, num, num_steps):
     return {"x": x, "label": label, "seconds_per_image": seconds}
 
 
-def _measure_samples(measure, samples, reference):
+def _measure_samples(measure, samples, reference, data_range):
     features, logits = _features_and_logits(measure.params, samples["x"])
-    stats = evaluators.collect(features, logits, samples["label"], samples["x"], reference)
+    bound = np.inf if data_range is None else data_range
+    stats = evaluators.collect(features, logits, samples["label"], samples["x"], reference, bound)
     return evaluators.finish(stats, measure.reference)
 
 

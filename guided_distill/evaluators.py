@@ -1,4 +1,5 @@
-"""Statistics of samples: Fréchet distance and score by a classifier, label agreement, distance to reference images.
+"""Statistics of samples: Fréchet distance and score by a classifier, label agreement, diversity, saturation, distance
+to reference images.
 
 Pure functions on the host in float64. What a batch of samples has to tell is a `Stats`; those of several batches or
 hosts merge in any order, and `finish` turns the whole into the numbers of a row of `summary.json`.
@@ -31,6 +32,9 @@ class Stats:
     sum_p: np.ndarray  # f64[num_classes], of p(y|x)
     sum_p_log_p: float  # of Σ_y p(y|x) log p(y|x)
     label_hits: int
+    label_counts: np.ndarray  # f64[num_classes], of the labels asked for
+    label_features: np.ndarray  # f64[num_classes,D], sums of the features of each
+    saturated: float  # samples' shares of values at an end of the data's range
     sum_distance: float  # of the mean squared distance per value to the reference image
     references: int  # samples that have a reference image
 
@@ -66,26 +70,32 @@ def frechet_distance(a: GaussianStats, b: GaussianStats) -> float:
     return float(max(distance, 0.0))
 
 
-def collect(features, logits, labels, images, reference_images=None) -> Stats:
+def collect(features, logits, labels, images, reference_images=None, data_range=np.inf) -> Stats:
     """The statistics of a batch: features [n,D], logits [n,num_classes], requested labels [n], images [n,*S].
 
-    `reference_images` [n,*S] are the images that those of the same index are compared to; None where there are none.
-    Raises ValueError when a feature or logit is not finite: argmax would count NaN as class 0.
+    Values from .98 `data_range` on count as saturated. `reference_images` [n,*S] are the images that those of the same
+    index are compared to; None where there are none. Raises ValueError when a feature or logit is not finite: argmax
+    would count NaN as class 0.
     """
     finite = np.isfinite(features).all(axis=1) & np.isfinite(logits).all(axis=1)
     if not finite.all():
         raise ValueError(f"{int((~finite).sum())} of {len(finite)} samples have features or logits that are not finite")
+    features, images = np.asarray(features, np.float64), np.asarray(images, np.float64)
     log_p = _log_softmax(np.asarray(logits, np.float64))
+    asked = np.eye(log_p.shape[1])[np.asarray(labels)]
     p = np.exp(log_p)
     sum_distance, references = 0.0, 0
     if reference_images is not None:
-        difference = np.asarray(images, np.float64) - np.asarray(reference_images, np.float64)
+        difference = images - np.asarray(reference_images, np.float64)
         sum_distance, references = float(np.mean(difference.reshape(len(p), -1) ** 2, axis=1).sum()), len(p)
     return Stats(
         gaussian=gaussian_stats(features),
         sum_p=p.sum(0),
         sum_p_log_p=float((p * log_p).sum()),
         label_hits=int((log_p.argmax(1) == np.asarray(labels)).sum()),
+        label_counts=asked.sum(0),
+        label_features=asked.T @ features,
+        saturated=float((np.abs(images) >= 0.98 * data_range).reshape(len(p), -1).mean(1).sum()),
         sum_distance=sum_distance,
         references=references,
     )
@@ -99,12 +109,16 @@ def merge(a: Stats, b: Stats) -> Stats:
 
 def finish(stats: Stats, reference: GaussianStats) -> dict[str, float]:
     """The values of a row: `frechet_classifier` to the reference features, `score_classifier`, `label_agreement` in
-    [0, 1] and, where samples had reference images, `distance_to_reference` (mean square per value of an image)."""
+    [0, 1], `diversity` (variance of the features within a label, summed over them), `saturation` (share of an image's
+    values at an end of the range) and, where samples had reference images, `distance_to_reference` (mean square per
+    value of an image)."""
     n = stats.gaussian.count
     values = {
         "frechet_classifier": frechet_distance(stats.gaussian, reference),
         "score_classifier": _score(stats),
         "label_agreement": stats.label_hits / n,
+        "diversity": _variance_within_labels(stats),
+        "saturation": stats.saturated / n,
     }
     if stats.references:
         values["distance_to_reference"] = stats.sum_distance / stats.references
@@ -117,6 +131,16 @@ def noise_floor(features: np.ndarray, seed: int) -> float:
     half = len(features) // 2
     features = np.asarray(features)
     return frechet_distance(gaussian_stats(features[order[:half]]), gaussian_stats(features[order[half : 2 * half]]))
+
+
+def _variance_within_labels(stats: Stats) -> float:
+    """Unbiased variance of the features about the mean of their own label, summed over features; 0 where no label has
+    two samples."""
+    seen = stats.label_counts > 0
+    means = stats.label_features[seen] / stats.label_counts[seen, None]
+    between = (stats.label_counts[seen] * ((means - stats.gaussian.mean) ** 2).sum(1)).sum()
+    degrees = stats.gaussian.count - seen.sum()
+    return float((np.trace(stats.gaussian.scatter) - between) / degrees) if degrees else 0.0
 
 
 def _score(stats: Stats) -> float:

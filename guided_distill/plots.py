@@ -94,6 +94,31 @@ def error_against_steps(curves, *, title, ylabel) -> np.ndarray:
     return _picture(figure)
 
 
+def values_against_w(panels, *, title) -> np.ndarray:
+    """Figures of merit against the guidance strength, one panel each, uint8[H,W,3].
+
+    `panels` is {what the panel shows: {name of a curve: (strengths, values)}}; a name has one colour in all panels.
+    """
+    columns = 2
+    figure, axes_of = _panels(math.ceil(len(panels) / columns), columns, size=3.6)
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    for axes, (ylabel, curves) in zip(axes_of, panels.items(), strict=False):
+        for name, (strengths, values) in curves.items():
+            k = names.index(name) % len(COLOURS)
+            style = {"color": COLOURS[k], "marker": MARKERS[k], "linestyle": DASHES[k]}
+            axes.plot(strengths, values, label=name, linewidth=1.6, markersize=5, **style)
+        axes.set_ylim(bottom=0.0)
+        axes.grid(color="#E6E6E6", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("guidance strength w", color=INK)
+        axes.set_title(ylabel, color=INK, fontsize=11)
+    for axes in axes_of[len(panels) :]:
+        axes.set_axis_off()
+    figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
+    figure.suptitle(title, color=INK, fontsize=13)
+    return _picture(figure)
+
+
 def _panels(rows, columns, size=PANEL):
     figure = Figure(figsize=(size * columns, size * rows + 0.5), dpi=DPI, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()

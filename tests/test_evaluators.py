@@ -103,7 +103,9 @@ def test_merging_batches_equals_one_pass(sizes, backwards):
     values = finish(reduce(merge, reversed(pieces) if backwards else pieces), reference)
     whole = finish(collect(**batch), reference)
     assert values == pytest.approx(whole, rel=1e-9)
-    assert set(whole) == {"frechet_classifier", "score_classifier", "label_agreement", "distance_to_reference"}
+    assert set(whole) == {
+        "frechet_classifier", "score_classifier", "label_agreement", "diversity", "saturation", "distance_to_reference",
+    }  # fmt: skip
 
 
 def test_merge_groups_in_any_way():
@@ -165,3 +167,26 @@ def test_noise_floor_compares_disjoint_halves():
     rows = np.stack([first, second, first, second])
     floors = {round(noise_floor(rows, seed), 6) for seed in range(20)}
     assert floors == {0.0, 192.0}
+
+
+def test_diversity_is_the_variance_about_the_mean_of_each_label():
+    labels = np.repeat(np.arange(5), [4, 7, 1, 3, 5])
+    batch = {**random_batch(20), "labels": labels, "features": RNG.normal(size=(20, 6)) + 10 * labels[:, None]}
+    about = sum(
+        ((batch["features"][labels == c] - batch["features"][labels == c].mean(0)) ** 2).sum() for c in range(5)
+    )
+    values = finish(collect(**batch), gaussian_stats(batch["features"]))
+    assert values["diversity"] == pytest.approx(about / (20 - 5), rel=1e-9)
+    same = {**batch, "features": np.eye(6)[labels]}
+    assert finish(collect(**same), gaussian_stats(batch["features"]))["diversity"] == pytest.approx(0.0, abs=1e-12)
+    alone = parts(batch, [4, 16])[0] | {"labels": np.arange(4)}
+    assert finish(collect(**alone), gaussian_stats(batch["features"]))["diversity"] == 0.0
+
+
+def test_saturation_is_the_share_of_values_at_the_ends():
+    images = np.zeros((2, 4, 4, 1))
+    images[0, 0], images[1, :2] = 0.5, [-0.495]
+    batch = {**random_batch(2), "images": images}
+    reference = gaussian_stats(random_batch(10)["features"])
+    assert finish(collect(**batch, data_range=0.5), reference)["saturation"] == pytest.approx((4 / 16 + 8 / 16) / 2)
+    assert finish(collect(**batch), reference)["saturation"] == 0.0

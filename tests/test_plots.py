@@ -26,7 +26,18 @@ def error_against_steps(curves=CURVES, title="title", ylabel="error"):
     return plots.error_against_steps(curves, title=title, ylabel=ylabel)
 
 
+W_PANELS = {
+    "error": {"teacher": ([0, 4], [1.0, 2.0]), "student": ([0, 4], [1.0, 5.0])},
+    "other": {"student": ([0], [1])},
+}
+
+
+def values_against_w(panels=W_PANELS, title="title"):
+    return plots.values_against_w(panels, title=title)
+
+
 DRAWN = {
+    values_against_w: [{"panels": {**W_PANELS, "other": {"teacher": ([0], [1])}}}, {"title": "other"}],
     trajectories: [{"paths": PATHS[:, ::-1]}, {"labels": LABELS[::-1]}, {"density": DENSITY}, {"title": "other"}],
     guided_densities: [
         {"panels": PANELS[:1]},
