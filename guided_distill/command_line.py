@@ -15,7 +15,9 @@ MODE = flags.DEFINE_enum("mode", "run", ["run", "evaluate", "sample", "transfer"
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the stages, parameters and memory, and stop.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", 4, "sample: network evaluations per image.")
 SERIES = flags.DEFINE_string(
-    "series", None, "sample: det or sto, the series of the student; the first trained by default."
+    "series",
+    None,
+    "sample: the series of the student (det, sto, two, tract, or det_w1 of one w); the first trained by default.",
 )
 W = flags.DEFINE_float("w", 1.0, "sample, transfer: guidance strength.")
 LABELS = flags.DEFINE_list("labels", None, "sample: classes, repeated over the images; drawn from the seed by default.")

@@ -156,6 +156,11 @@ class Experiment:
     rounds: RoundsConfig = RoundsConfig()
     clip_targets: bool = False  # whether students learn x_hat as the teacher's sampler clips it, or as it is
 
+    def given(self, stage_name):
+        """What the config names in place of training the stage of that name; None where it is trained."""
+        teacher = self.teacher.checkpoint or self.teacher.factory
+        return {"teacher": teacher, "stage1": self.stage1.checkpoint}.get(stage_name)
+
     @property
     def batch_sizes(self):
         """{group of the config: batch size} of all stages there are, and of the evaluation."""

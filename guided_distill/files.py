@@ -1,13 +1,24 @@
-"""Writing a file so that a reader, or a process killed half-way, never leaves or finds half of one."""
+"""Writing a file so that a reader, or a process killed half-way, never leaves or finds half of one; reading JSON."""
 
+import json
 import os
 
 from etils import epath
+
+from guided_distill.errors import UserError
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
     """A path that does not depend on the working directory, as Orbax wants it; buckets stay as they are."""
     return epath.Path(path if "://" in os.fspath(path) else os.path.abspath(os.path.expanduser(path)))
+
+
+def read_json(path: epath.PathLike):
+    """What a JSON file holds. Raises UserError where it is not JSON."""
+    try:
+        return json.loads(epath.Path(path).read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); restore it, or delete it") from error
 
 
 def write_whole(path: epath.PathLike, content: str | bytes) -> None:

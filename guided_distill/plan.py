@@ -36,11 +36,10 @@ def dry_run(config, console=None):
     factory = experiment.teacher.factory
     stages = make_stages(experiment, outside_teacher(factory, experiment) if factory else None)
     stages = {stage.name: stage for stage in stages}
-    given_by_name = {"teacher": experiment.teacher.checkpoint or factory, "stage1": experiment.stage1.checkpoint}
     for stage in stages.values():
         memory = stage_memory(stage, stages.get(stage.parent))
         parts = [memory[name] for name in ("weights", "moments", "ema", "teacher")]
-        given = given_by_name.get(stage.name)
+        given = experiment.given(stage.name)
         training = stage.training
         table.add_row(
             f"{stage.name} (given)" if given else stage.name,

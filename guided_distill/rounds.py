@@ -14,7 +14,7 @@ import numpy as np
 from guided_distill import sharding, train
 from guided_distill.data import make_batches, read_records
 from guided_distill.errors import UserError
-from guided_distill.files import write_whole
+from guided_distill.files import read_json, write_whole
 from guided_distill.metrics import read_metrics
 from guided_distill.stages import make_knobs
 from guided_distill.state import make_state
@@ -119,7 +119,7 @@ def settle(run, stage, frozen, params):
     if run.experiment.rounds.plan == "fixed" or not stage.series:
         return stage
     path = stage.directory(run.workdir) / _PLAN
-    plan = json.loads(path.read_text()) if path.exists() else _make_plan(run, stage, frozen, params)
+    plan = read_json(path) if path.exists() else _make_plan(run, stage, frozen, params)
     if run.is_main:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(plan, indent=1) + "\n")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from guided_distill.diffusion import PARAMETERISATIONS
 from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
 from guided_distill.factories import call_factory
+from guided_distill.files import read_json
 from guided_distill.models import BACKBONES, make_model_fn
 from guided_distill.state import check_same_model, student_params
 
@@ -78,7 +78,7 @@ def load_teacher(path):
     config = stage_dir.parent / "config.json"
     if not config.exists():
         raise UserError(f"{path}: holds no config.json; give the workdir of an earlier run")
-    experiment = from_config(json.loads(config.read_text()))
+    experiment = from_config(read_json(config))
     params = load_eval_params(stage_dir, sharding.replicated(sharding.make_mesh()))
     init = functools.partial(initial_params, experiment, False)
     check_same_model(params, shapes_of(init), stage_dir)

@@ -16,7 +16,7 @@ from rich.table import Table
 from guided_distill import diffusion, generate, pictures, samplers, sharding
 from guided_distill.data import read_records
 from guided_distill.errors import UserError
-from guided_distill.files import absolute, write_whole
+from guided_distill.files import absolute, read_json, write_whole
 from guided_distill.workdir import open_run
 
 REFERENCE_STEPS = 512  # of DDIM, encoding and decoding
@@ -47,7 +47,7 @@ def transfer(config, workdir, *, target, w):
     path = absolute(target) / "config.json"
     if not path.exists():
         raise UserError(f"--target={target}: holds no config.json; give the workdir of a finished run")
-    other = open_run(json.loads(path.read_text()), target, create=False)
+    other = open_run(read_json(path), target, create=False)
     _check(source, other, w)
     data = _test_images(source)
     found, shown = {}, {}

@@ -12,7 +12,7 @@ from guided_distill.checkpoint import find_stage, is_complete, load_eval_params
 from guided_distill.data import load_dataset
 from guided_distill.errors import UserError
 from guided_distill.experiment import Experiment, differing_keys, from_config
-from guided_distill.files import absolute, write_whole
+from guided_distill.files import absolute, read_json, write_whole
 from guided_distill.stages import Stage, make_stages
 from guided_distill.teachers import initial_params, outside_teacher, shapes_of
 
@@ -44,10 +44,7 @@ class Run:
 
     def given(self, stage):
         """What stands for a stage that was trained elsewhere, as the config names it; None for one of this run."""
-        teacher = self.experiment.teacher
-        return {"teacher": teacher.checkpoint or teacher.factory, "stage1": self.experiment.stage1.checkpoint}.get(
-            stage.name
-        )
+        return self.experiment.given(stage.name)
 
     def checkpoint_of(self, stage):
         """Where the weights of a finished stage are: its directory, or that of the run it was given from."""
@@ -118,7 +115,7 @@ def _check_given(config, name, path):
         raise UserError(f"{key}: {stage_dir} is another stage; a {name} is needed")
     made_with = stage_dir.parent / "config.json"
     if made_with.exists():
-        theirs = json.loads(made_with.read_text())
+        theirs = read_json(made_with)
         lines = differing_keys(_what_it_is(config, name), _what_it_is(theirs, name))
         if lines:
             raise UserError(f"{key}: {stage_dir} is another model ({'; '.join(lines)})")
@@ -136,10 +133,7 @@ def _what_it_is(config, name):
 
 def _check_same_config(run, config):
     path = run.workdir / "config.json"
-    try:
-        theirs = json.loads(path.read_text()) if path.exists() else None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}); delete it, or use another --workdir") from error
+    theirs = read_json(path) if path.exists() else None
     begun = any(run.workdir.glob("[0-9][0-9]_*/checkpoints"))
     lines = differing_keys(dict(config), theirs) if theirs and begun else []
     if lines:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
+import configs.rounds
 from guided_distill import metrics, pipeline, rounds, sharding
 from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
@@ -113,3 +114,11 @@ def test_a_planned_run_trains_what_its_plans_say_and_the_gate_holds_it_up(tmp_pa
         assert lines[0]["learning_rate"] == pytest.approx(plan["learning_rate"])
         assert plan["opening_gaps"].keys() == {"stage2_det_0002", "stage2_det_0001"}
         assert set(map(float, plan["probes"])) == {1.5e-4, 3e-4}
+
+
+@pytest.mark.parametrize("way", configs.rounds.WAYS)
+def test_each_way_of_the_config_costs_what_it_says(way):
+    stages = {w: make_stages(from_config(configs.rounds.get_config(w).to_dict())) for w in (way, "fixed")}
+    costs = {w: sum(s.work_per_update * s.training.updates for s in stages[w] if s.series) for w in stages}
+    assert stages[way][-1].num_steps == 1
+    assert costs[way] / costs["fixed"] <= (1.0 if way in ("fixed", "gate", "auto") else 0.52)
