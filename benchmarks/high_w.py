@@ -26,7 +26,7 @@ def figures(summary, series):
     teachers = [row for row in summary["rows"] if row["model"] == "teacher" and row["sampler"] == "deterministic"]
     most = max(row["num_steps"] for row in teachers)
     found = {(0, row["w"]): row["metrics"] for row in teachers if row["num_steps"] == most}
-    students = [row for row in summary["rows"] if row["stage"].startswith(f"stage2_{series}_0")]
+    students = [row for row in summary["rows"] if row["stage"].rpartition("_")[0] == f"stage2_{series}"]
     return found | {(row["num_steps"], row["w"]): row["metrics"] for row in students}
 
 
@@ -38,14 +38,18 @@ def main():
     args = parser.parse_args()
     found = figures(json.loads((args.workdir / "summary.json").read_text()), args.series)
     steps, strengths = (sorted({key[k] for key in found}) for k in (0, 1))
+
+    def value(n, w, name):
+        return found.get((n, w), {}).get(name, float("nan"))  # rows need not be a full rectangle
+
     print("| calls | w | " + " | ".join(_SHOWN) + " |\n" + "|---" * (2 + len(_SHOWN)) + "|")
     for w in strengths:
         for n in steps:
-            values = (f"{found[n, w].get(name, 0.0):.3g}" for name in _SHOWN)
+            values = (f"{value(n, w, name):.3g}" for name in _SHOWN)
             print(f"| {n or 'reference'} | {w:g} | {' | '.join(values)} |")
     names = {n: f"student, {n}" if n else "reference teacher" for n in steps}
     panels = {
-        title: {names[n]: (strengths, [found[n, w].get(name, 0.0) for w in strengths]) for n in steps}
+        title: {names[n]: (strengths, [value(n, w, name) for w in strengths]) for n in steps}
         for name, title in _SHOWN.items()
     }
     picture = plots.values_against_w(panels, title="Few-step students as guidance grows")

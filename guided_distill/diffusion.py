@@ -218,7 +218,7 @@ def to_prediction(name, raw, z, alpha, sigma):
 
 
 def clip_prediction(prediction, z, alpha, sigma, bound):
-    """Clips x_hat to [-bound, bound] and makes eps_hat agree with it again. For samplers; targets are never clipped."""
+    """Clips x_hat to [-bound, bound] and makes eps_hat agree with it again. As samplers do, and targets where asked."""
     x = _namespace(z).clip(prediction.x, -bound, bound)
     return _from_x(x, z, expand(alpha, z), expand(sigma, z))
 

@@ -191,6 +191,8 @@ def _earlier(run):
         rows = {tuple(row[key] for key in _ROW_KEY): row for row in summary["rows"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a summary of this program ({error}); delete it") from error
+    if any("diversity" not in row["metrics"] for row in rows.values()):  # of a version that measured less
+        return None, {}
     surface = ("w", "num_steps", "batch_size")
     if any(theirs.get(key) != ours[key] for key in ours if key not in surface):
         return None, {}
@@ -253,8 +255,7 @@ def _samples(run, entry, params, w, *, num, num_steps):
 
 def _measure_samples(measure, samples, reference, data_range):
     features, logits = _features_and_logits(measure.params, samples["x"])
-    bound = np.inf if data_range is None else data_range
-    stats = evaluators.collect(features, logits, samples["label"], samples["x"], reference, bound)
+    stats = evaluators.collect(features, logits, samples["label"], samples["x"], reference, data_range)
     return evaluators.finish(stats, measure.reference)
 
 

@@ -34,7 +34,7 @@ class Stats:
     label_hits: int
     label_counts: np.ndarray  # f64[num_classes], of the labels asked for
     label_features: np.ndarray  # f64[num_classes,D], sums of the features of each
-    saturated: float  # samples' shares of values at an end of the data's range
+    saturated: float  # samples' shares of values at an end of the data's range; NaN where it has no ends
     sum_distance: float  # of the mean squared distance per value to the reference image
     references: int  # samples that have a reference image
 
@@ -70,7 +70,7 @@ def frechet_distance(a: GaussianStats, b: GaussianStats) -> float:
     return float(max(distance, 0.0))
 
 
-def collect(features, logits, labels, images, reference_images=None, data_range=np.inf) -> Stats:
+def collect(features, logits, labels, images, reference_images=None, data_range=None) -> Stats:
     """The statistics of a batch: features [n,D], logits [n,num_classes], requested labels [n], images [n,*S].
 
     Values from .98 `data_range` on count as saturated. `reference_images` [n,*S] are the images that those of the same
@@ -95,7 +95,7 @@ def collect(features, logits, labels, images, reference_images=None, data_range=
         label_hits=int((log_p.argmax(1) == np.asarray(labels)).sum()),
         label_counts=asked.sum(0),
         label_features=asked.T @ features,
-        saturated=float((np.abs(images) >= 0.98 * data_range).reshape(len(p), -1).mean(1).sum()),
+        saturated=_saturated(images, data_range),
         sum_distance=sum_distance,
         references=references,
     )
@@ -109,17 +109,18 @@ def merge(a: Stats, b: Stats) -> Stats:
 
 def finish(stats: Stats, reference: GaussianStats) -> dict[str, float]:
     """The values of a row: `frechet_classifier` to the reference features, `score_classifier`, `label_agreement` in
-    [0, 1], `diversity` (variance of the features within a label, summed over them), `saturation` (share of an image's
-    values at an end of the range) and, where samples had reference images, `distance_to_reference` (mean square per
-    value of an image)."""
+    [0, 1], `diversity` (variance of the features within a label, summed over them), where the data have a range
+    `saturation` (share of an image's values at an end of it), and where samples had reference images
+    `distance_to_reference` (mean square per value of an image)."""
     n = stats.gaussian.count
     values = {
         "frechet_classifier": frechet_distance(stats.gaussian, reference),
         "score_classifier": _score(stats),
         "label_agreement": stats.label_hits / n,
         "diversity": _variance_within_labels(stats),
-        "saturation": stats.saturated / n,
     }
+    if np.isfinite(stats.saturated):
+        values["saturation"] = stats.saturated / n
     if stats.references:
         values["distance_to_reference"] = stats.sum_distance / stats.references
     return values
@@ -131,6 +132,12 @@ def noise_floor(features: np.ndarray, seed: int) -> float:
     half = len(features) // 2
     features = np.asarray(features)
     return frechet_distance(gaussian_stats(features[order[:half]]), gaussian_stats(features[order[half : 2 * half]]))
+
+
+def _saturated(images, data_range):
+    if data_range is None:
+        return np.nan
+    return float((np.abs(images) >= 0.98 * data_range).reshape(len(images), -1).mean(1).sum())
 
 
 def _variance_within_labels(stats: Stats) -> float:

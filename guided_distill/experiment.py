@@ -137,7 +137,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Everything a run is made of; evaluate, log, checkpoint and data.data_dir leave the trained weights alone."""
+    """Everything a run is made of; what `_FREE_KEYS` names leaves the trained weights alone."""
 
     seed: int
     data: DataConfig
@@ -241,7 +241,9 @@ def _check(experiment):
             raise UserError(f"config.{key} is {getattr(experiment, key)!r}; it must be one of {', '.join(choices)}")
     _check_at_least(experiment)
     _check_rounds(experiment.stage2)
-    _check_plan(experiment.rounds)
+    _check_plan(experiment.rounds, experiment.stage2.series)
+    if experiment.clip_targets and experiment.data.data_range is None:
+        raise UserError("config.clip_targets is True, but config.data.data_range names no range to clip to")
     stage1 = experiment.stage1
     if not 0.0 <= stage1.w_min <= stage1.w_max:
         raise UserError(f"config.stage1: w_min {stage1.w_min} and w_max {stage1.w_max} must be 0 <= w_min <= w_max")
@@ -311,13 +313,20 @@ def _check_rounds(stage2):
             raise UserError(f"config.stage2.num_steps: {before} -> {after}: series {only[0]!r} only halves")
 
 
-def _check_plan(rounds):
+def _check_plan(rounds, series):
     if rounds.plan not in _PLANS:
         raise UserError(f"config.rounds.plan is {rounds.plan!r}; it must be one of {', '.join(_PLANS)}")
     if not rounds.probe_rates or min(rounds.probe_rates) <= 0.0:
         raise UserError(f"config.rounds.probe_rates is {rounds.probe_rates}; name at least one, all above 0")
     if not 0.0 <= rounds.gate_least_fall < 1.0:
         raise UserError(f"config.rounds.gate_least_fall is {rounds.gate_least_fall}; it must be from 0 to below 1")
+    if rounds.gate_most_left is not None and not rounds.gate_most_left > 0.0:
+        raise UserError(f"config.rounds.gate_most_left is {rounds.gate_most_left}; it must be above 0")
+    if "tract" in series and (rounds.plan == "auto" or rounds.gate_every or rounds.gate_most_left is not None):
+        raise UserError(
+            "config.rounds has a plan or a gate, which go by the gap to the teacher; series 'tract' learns from its "
+            "own average, so that its gap says little: give it config.stage2.updates"
+        )
 
 
 def _check_at_least(experiment):

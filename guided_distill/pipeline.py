@@ -21,6 +21,7 @@ _GRID_IMAGES = 64
 def run(config, workdir):
     """The whole chain: every stage that is not finished, then the evaluation. The same call again goes on."""
     this = open_run(config, workdir)
+    rounds.check_plans(this)
     training = sum(stage.work_per_update * stage.training.updates for stage in this.stages)
     with RunProgress(training + evaluate.work(this.experiment, this.stages), enabled=this.is_main) as progress:
         for stage in this.stages:

@@ -50,4 +50,6 @@ def dry_run(config, console=None):
             *(f"{part / 2**20:,.1f}" for part in [*parts, sum(parts)]),
         )
     table.caption = "memory in MiB; N: network evaluations per image of the student"
+    if experiment.rounds.plan == "auto":
+        table.caption += "; updates of rounds are shared out anew as the run goes"
     (console or Console(width=110, soft_wrap=True)).print(table)

@@ -7,6 +7,7 @@ asked for, so that two values differ by the weights alone.
 import dataclasses
 import itertools
 import json
+import math
 
 import jax
 import numpy as np
@@ -19,7 +20,8 @@ from guided_distill.metrics import read_metrics
 from guided_distill.stages import make_knobs
 from guided_distill.state import make_state
 
-_PLAN = "plan.json"
+_CLOSED = 1e-9  # a gap so small is rounding: the stochastic student's at N = 1 is 0 from the start
+_LOOK = 0x6A9  # folded into the seed, so that a look draws nothing that training draws
 
 
 def batches_of(run, stage):
@@ -45,7 +47,7 @@ def gap_of(run, stage, frozen):
     indices = np.arange(share) + share * jax.process_index()
     batch = sharding.shard_batch(run.mesh, read_records(run.dataset.train, indices % len(run.dataset.train)))
     measure = train.make_gap(stage.objective, stage.model, stage.teacher, run.mesh)
-    knobs, key = knobs_of(run, stage), jax.random.key(run.experiment.seed)
+    knobs, key = knobs_of(run, stage), jax.random.fold_in(jax.random.key(run.experiment.seed), _LOOK)
     return lambda state: float(measure(state, frozen, batch, knobs, key))
 
 
@@ -71,9 +73,10 @@ class Gate:
     def __init__(self, run, stage, frozen, params):
         self._run, self._stage, self._config = run, stage, run.experiment.rounds
         self._gap, self._opening, self._history = None, None, None
-        if stage.series and (self._config.gate_every or self._config.gate_most_left is not None):
+        holds = self._config.gate_most_left is not None and any(other.parent == stage.name for other in run.stages)
+        if stage.series and (self._config.gate_every or holds):
             self._gap = gap_of(run, stage, frozen)
-            if self._config.gate_most_left is not None:
+            if holds:
                 self._opening = self._gap(sharding.replicate(run.mesh, make_state(params, stage.training.optimiser)))
 
     def is_over(self, writer, state, step):
@@ -87,26 +90,42 @@ class Gate:
         if step % every:
             return False
         if step not in self._history:
-            self._history[step] = self._gap(state)
-            writer.scalars(step, {"gap": self._history[step]})
-        before = self._history.get(step - every)
-        return before is not None and self._history[step] > (1.0 - self._config.gate_least_fall) * before
+            gap = self._gap(state)
+            self._history[step] = gap if math.isfinite(gap) else None  # as the metrics keep it
+            writer.scalars(step, {"gap": gap})
+        now, before = self._history[step], self._history.get(step - every)
+        if now is None or before is None:
+            return False
+        return now <= _CLOSED or now >= (1.0 - self._config.gate_least_fall) * before
 
     def check(self, state):
-        """Raises UserError where more of the gap is left than config.rounds.gate_most_left."""
-        most = self._config.gate_most_left
+        """Raises UserError where more of the gap is left than config.rounds.gate_most_left, and a round follows."""
         if self._opening is None:
             return
-        left = self._gap(state) / self._opening
-        if not left <= most:
+        gap, most = self._gap(state), self._config.gate_most_left
+        if not gap <= max(most * self._opening, _CLOSED):
+            left = f"{gap / self._opening:.0%}" if self._opening > _CLOSED else f"{gap:.2g}"
             raise UserError(
-                f"{self._stage.name}: {left:.0%} of the gap to its teacher is left, more than "
+                f"{self._stage.name}: {left} of the gap to its teacher is left, more than "
                 f"config.rounds.gate_most_left = {most:g}, so the next round does not begin. Its weights are kept: "
                 "raise that key to go on with them, or train longer in another --workdir (config.stage2.updates)"
             )
 
 
 # The plan
+
+
+def check_plans(run):
+    """Raises UserError where planning a round would cost more than the round itself."""
+    if run.experiment.rounds.plan == "auto":
+        for stage in (stage for stage in run.stages if stage.series):
+            planning, training = plan_work(run, stage), stage.training.updates * stage.work_per_update
+            if planning >= training:
+                raise UserError(
+                    f"{stage.name}: its plan would cost {planning / training:.1f} times its {stage.training.updates} "
+                    "updates; lower config.rounds.probe_updates or gap_samples, name fewer probe_rates, or raise "
+                    "config.stage2.updates"
+                )
 
 
 def settle(run, stage, frozen, params):
@@ -118,42 +137,53 @@ def settle(run, stage, frozen, params):
     """
     if run.experiment.rounds.plan == "fixed" or not stage.series:
         return stage
-    path = stage.directory(run.workdir) / _PLAN
-    plan = read_json(path) if path.exists() else _make_plan(run, stage, frozen, params)
-    if run.is_main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(plan, indent=1) + "\n")
+    path = _plan_path(run, stage)
+    if path.exists():
+        plan = read_json(path)
+    else:
+        plan = _make_plan(run, stage, frozen, params)
+        if run.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(plan, indent=1) + "\n")
     chosen = {key: plan[key] for key in ("updates", "learning_rate")}
     return dataclasses.replace(stage, training=dataclasses.replace(stage.training, **chosen))
 
 
+def _plan_path(run, stage):
+    return stage.directory(run.workdir) / "plan.json"
+
+
 def _make_plan(run, stage, frozen, params):
     rounds = _rounds_of(run, stage)
-    gaps = _opening_gaps(run, rounds)
+    first = _plan_path(run, rounds[0])
+    opening = read_json(first)["opening_gaps"] if stage is not rounds[0] and first.exists() else None
+    opening = opening or _opening_gaps(run, rounds)
     probes = _probe(run, stage, frozen, params)
+    if not any(map(math.isfinite, probes.values())):
+        raise UserError(
+            f"{stage.name}: no learning rate of {', '.join(f'{rate:g}' for rate in probes)} left a finite gap"
+        )
+    work = sum(other.training.updates * other.work_per_update - plan_work(run, other) for other in rounds)
+    updates = shares(rounds, [opening[other.name] for other in rounds], work)
     return {
-        "updates": shares(rounds, gaps, sum(_fixed_work(run, other) for other in rounds))[rounds.index(stage)],
-        "learning_rate": min(probes, key=probes.get),
-        "opening_gaps": {other.name: gap for other, gap in zip(rounds, gaps, strict=True)},
+        "updates": updates[rounds.index(stage)],
+        "learning_rate": min(probes, key=lambda rate: (not math.isfinite(probes[rate]), probes[rate])),
+        "opening_gaps": opening,
         "probes": {f"{rate:g}": gap for rate, gap in probes.items()},
     }
 
 
 def _rounds_of(run, stage):
-    """All rounds of the stage's series, itself among them."""
-    return [other for other in run.stages if other.name[:-5] == stage.name[:-5]]  # stage2_det_0004 less its last five
+    """All rounds of the stage's series, itself among them: their names differ in the number of steps alone."""
+    series = stage.name.rpartition("_")[0]
+    return [other for other in run.stages if other.series and other.name.rpartition("_")[0] == series]
 
 
 def plan_work(run, stage):
     """What making the plan of a round costs, in forward passes of one image."""
-    config = run.experiment.rounds
+    config, rounds = run.experiment.rounds, _rounds_of(run, stage)
     probes = len(config.probe_rates) * (config.probe_updates * stage.work_per_update + gap_work(run, stage))
-    return probes + sum(gap_work(run, other) for other in _rounds_of(run, stage))
-
-
-def _fixed_work(run, stage):
-    """What the config's own recipe spends on a round, less what planning it costs."""
-    return max(stage.training.updates * stage.work_per_update - plan_work(run, stage), stage.work_per_update)
+    return probes + sum(gap_work(run, other) for other in rounds if stage.name == rounds[0].name)
 
 
 def shares(rounds, gaps, work):
@@ -162,15 +192,18 @@ def shares(rounds, gaps, work):
     Where u updates leave c / u of a gap, the sum of what is left is least at u proportional to sqrt(gap / cost).
     """
     costs = np.array([stage.work_per_update for stage in rounds], np.float64)
-    wanted = np.sqrt(np.asarray(gaps) / costs)
+    wanted = np.sqrt(np.maximum(gaps, _CLOSED) / costs)
     return [max(1, int(updates)) for updates in work * wanted / (costs * wanted).sum()]
 
 
 def _opening_gaps(run, rounds):
-    """The gap at every round of the weights that the series starts from, as their own teacher."""
+    """{round: the gap there of the weights that the series starts from, as their own teacher}."""
     params = run.params_of(run.stage(rounds[0].parent))
     state = sharding.replicate(run.mesh, make_state(params, rounds[0].training.optimiser))
-    return [gap_of(run, stage, {"teacher": params})(state) for stage in rounds]
+    gaps = {stage.name: gap_of(run, stage, {"teacher": params})(state) for stage in rounds}
+    if not all(map(math.isfinite, gaps.values())):
+        raise UserError(f"{rounds[0].parent}: its output is not finite, so no rounds can be planned from it ({gaps})")
+    return gaps
 
 
 def _probe(run, stage, frozen, params):

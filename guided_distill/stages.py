@@ -32,7 +32,7 @@ class Stage:
     init: Callable  # key -> first weights of that network
     parent: str | None  # the stage whose weights teach it, and which it starts from unless `from_scratch`
     teacher: guidance.Teacher | None  # static: the parent's network
-    teacher_calls: int  # its evaluations per example
+    teacher_calls: int  # evaluations per example besides the student's own; for tract its average's are among them
     num_steps: int  # of the sampler this stage trains or, before stage two, is looked at with
     w_range: tuple[float, float]
     series: str = ""  # of stage two
@@ -204,7 +204,7 @@ def _rounds(experiment, first, series):
                 training=training,
                 parent=before.name,
                 teacher=before.model,
-                teacher_calls=(1 if series == "tract" else substeps) * before.model.calls_per_step,
+                teacher_calls=(2 if series == "tract" else substeps) * before.model.calls_per_step,
                 num_steps=num_steps,
                 w_range=(0.0, 0.0) if series == "encode" else before.w_range,
                 series=series,

@@ -115,7 +115,7 @@ def fit(loop, step_fn, state, frozen, batches, knobs, key, *, mesh, checkpoints,
             if loop.sample_every and (done or step % loop.sample_every == 0) and step != start:
                 loop.sample(writer, state, step)
             if (done or step % loop.checkpoint_every == 0) and step != checkpoints.latest_step():
-                report(step, pending)
+                report(step, pending, done)
                 pending = None
                 checkpoints.save(step, state, batches.get_state())
             checkpoints.seal_if_written()
@@ -123,7 +123,7 @@ def fit(loop, step_fn, state, frozen, batches, knobs, key, *, mesh, checkpoints,
             if not done:
                 batch = sharding.shard_batch(mesh, next(batches))
                 state, metrics_of_step = step_fn(state, frozen, batch, knobs, key)
-            report(step, pending)
+            report(step, pending, done)
             pending = metrics_of_step
             if done:
                 break
@@ -137,9 +137,9 @@ class _Reporter:
         self._loop, self._writer, self._reported = loop, writer, start
         self._rate = metrics.RateMeter()
 
-    def __call__(self, step, values):
+    def __call__(self, step, values, last):
         loop = self._loop
-        if values is None or (step % loop.log_every and step != loop.updates):
+        if values is None or (step % loop.log_every and not last):
             return
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         if values["skipped"] >= _MAX_SKIPPED:

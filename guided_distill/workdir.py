@@ -134,7 +134,7 @@ def _what_it_is(config, name):
 def _check_same_config(run, config):
     path = run.workdir / "config.json"
     theirs = read_json(path) if path.exists() else None
-    begun = any(run.workdir.glob("[0-9][0-9]_*/checkpoints"))
+    begun = any(any(run.workdir.glob(f"[0-9][0-9]_*/{name}")) for name in ("checkpoints", "plan.json"))
     lines = differing_keys(dict(config), theirs) if theirs and begun else []
     if lines:
         raise UserError(

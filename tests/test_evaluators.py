@@ -104,7 +104,7 @@ def test_merging_batches_equals_one_pass(sizes, backwards):
     whole = finish(collect(**batch), reference)
     assert values == pytest.approx(whole, rel=1e-9)
     assert set(whole) == {
-        "frechet_classifier", "score_classifier", "label_agreement", "diversity", "saturation", "distance_to_reference",
+        "frechet_classifier", "score_classifier", "label_agreement", "diversity", "distance_to_reference",
     }  # fmt: skip
 
 
@@ -189,4 +189,6 @@ def test_saturation_is_the_share_of_values_at_the_ends():
     batch = {**random_batch(2), "images": images}
     reference = gaussian_stats(random_batch(10)["features"])
     assert finish(collect(**batch, data_range=0.5), reference)["saturation"] == pytest.approx((4 / 16 + 8 / 16) / 2)
-    assert finish(collect(**batch), reference)["saturation"] == 0.0
+    halves = [collect(**part, data_range=0.5) for part in parts(batch, [1, 1])]
+    assert finish(merge(*halves), reference)["saturation"] == pytest.approx((4 / 16 + 8 / 16) / 2)
+    assert "saturation" not in finish(collect(**batch), reference)

@@ -49,7 +49,10 @@ def test_rows_of_the_summary(finished):
     assert found == [(*entry, w) for entry in expected for w in (0.0, 4.0)]
     for row in summary["rows"]:
         values = row["metrics"]
-        assert set(values) == {"frechet_classifier", "score_classifier", "label_agreement", "distance_to_reference"}
+        assert set(values) == {
+            "frechet_classifier", "score_classifier", "label_agreement", "diversity", "saturation",
+            "distance_to_reference",
+        }  # fmt: skip
         assert np.isfinite(list(values.values())).all() and row["num_samples"] == 16 and row["seconds_per_image"] > 0
         # The reference is its own reference, up to the half precision it is kept in.
         is_reference = row["num_steps"] == 4

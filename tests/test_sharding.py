@@ -17,6 +17,7 @@ def forget():
 
 def test_programs_compile_with_the_options_of_this_machine():
     mesh = sharding.make_mesh(jax.devices()[:1])
+    assert sharding.compiler_options(mesh) == sharding._ONE_CPU
     doubled = jax.jit(lambda x: 2 * x, compiler_options=sharding.compiler_options(mesh))
     assert doubled(3) == 6
 

@@ -96,7 +96,7 @@ class Stopped(Exception):
     pass
 
 
-def fit(directory, step_fn, pieces, *, updates=7, stop_before=None, over_at=None):
+def fit(directory, step_fn, pieces, *, updates=7, stop_before=None, over_at=None, log_every=1):
     """Trains in `directory`; raises Stopped when update `stop_before` would be made, as a kill would."""
     mesh, state, frozen, knobs, key = pieces
     calls = {"from": None}
@@ -112,7 +112,7 @@ def fit(directory, step_fn, pieces, *, updates=7, stop_before=None, over_at=None
         updates=updates,
         batch_size=8,
         checkpoint_every=2,
-        log_every=1,
+        log_every=log_every,
         sample_every=0,
         sample=None,
         is_over=lambda writer, state, step: step == over_at,
@@ -160,9 +160,9 @@ def test_a_loop_that_is_over_early_is_saved_and_logged_there_and_stays_over(tmp_
     mesh = sharding.make_mesh(jax.devices()[:1])
     for _ in range(2):
         step_fn, *rest = prepared("teacher", mesh)
-        state, _ = fit(tmp_path, step_fn, (mesh, *rest), over_at=3)
+        state, _ = fit(tmp_path, step_fn, (mesh, *rest), over_at=3, log_every=2)
         assert int(state.step) == 3
-        assert [line["step"] for line in metrics.read_metrics(tmp_path)] == [1, 2, 3]
+        assert [line["step"] for line in metrics.read_metrics(tmp_path)] == [2, 3]
         with Checkpoints(tmp_path) as checkpoints:
             assert checkpoints.latest_step() == 3
 
