@@ -11,7 +11,13 @@ from configs import digits
 WAYS = {
     "fixed": {},
     "short": {"stage2.updates": 150, "stage2.final_updates": 150},
-    "quarters": {"stage2.num_steps": (8, 2, 1), "stage2.updates": 195, "stage2.final_updates": 195},
+    "fast": {"stage2.learning_rate": 1e-3},
+    "quarters": {
+        "stage2.num_steps": (8, 2, 1),
+        "stage2.updates": 195,
+        "stage2.final_updates": 195,
+        "stage2.learning_rate": 1e-3,
+    },
     "tract": {"stage2.series": ("tract",), "stage2.num_steps": (1,), "stage2.final_updates": 750},
     "gate": {"rounds.gate_every": 50, "rounds.gate_least_fall": 0.1},
     "auto": {"rounds.plan": "auto", "rounds.gap_samples": 256},

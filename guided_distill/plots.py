@@ -114,7 +114,7 @@ def values_against_w(panels, *, title) -> np.ndarray:
         axes.set_title(ylabel, color=INK, fontsize=11)
     for axes in axes_of[len(panels) :]:
         axes.set_axis_off()
-    figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
+    figure.legend(*axes_of[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(title, color=INK, fontsize=13)
     return _picture(figure)
 

@@ -5,13 +5,14 @@ import itertools
 import json
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import tiny_config
 
 import configs.rounds
-from guided_distill import metrics, pipeline, rounds, sharding
+from guided_distill import metrics, pipeline, rounds, sharding, train
 from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
 from guided_distill.stages import make_stages
@@ -106,21 +107,22 @@ def test_shares_spend_the_work_and_leave_least_of_the_gaps_together():
         assert left(moved) > left(updates)
 
 
+PLANNED = {
+    "rounds.plan": "auto",
+    "rounds.probe_updates": 2,
+    "rounds.probe_rates": (0.5, 1.0),
+    "rounds.gap_samples": 16,
+    "stage2.updates": 20,
+    "stage2.final_updates": 20,
+}
+
+
 @pytest.mark.slow
 def test_a_planned_run_trains_what_its_plans_say_and_the_gate_holds_it_up(tmp_path):
-    values = {
-        "rounds.plan": "auto",
-        "rounds.probe_updates": 2,
-        "rounds.probe_rates": (0.5, 1.0),
-        "rounds.gap_samples": 16,
-        "stage2.updates": 20,
-        "stage2.final_updates": 20,
-    }
-    config = tiny_config(**values, **{"rounds.gate_most_left": 1e-6})
     with pytest.raises(UserError, match="stage2_det_0002: .* of the gap to its teacher is left"):
-        pipeline.run(config, tmp_path)
-    pipeline.run(tiny_config(**values), tmp_path)
-    run = pipeline.open_run(tiny_config(**values), tmp_path)
+        pipeline.run(tiny_config(**PLANNED, **{"rounds.gate_most_left": 1e-6}), tmp_path)
+    pipeline.run(tiny_config(**PLANNED), tmp_path)
+    run = pipeline.open_run(tiny_config(**PLANNED), tmp_path)
     for stage in run.stages[2:]:
         directory = stage.directory(tmp_path)
         plan = json.loads((directory / "plan.json").read_text())
@@ -129,6 +131,45 @@ def test_a_planned_run_trains_what_its_plans_say_and_the_gate_holds_it_up(tmp_pa
         assert lines[0]["learning_rate"] == pytest.approx(plan["learning_rate"])
         assert plan["opening_gaps"].keys() == {"stage2_det_0002", "stage2_det_0001"}
         assert set(map(float, plan["probes"])) == {1.5e-4, 3e-4}
+
+
+@pytest.mark.slow
+def test_a_planned_and_gated_run_that_is_interrupted_ends_with_the_same_weights(tmp_path, monkeypatch):
+    config = tiny_config(**PLANNED, **{"rounds.gate_every": 4, "rounds.gate_least_fall": 0.5})
+
+    class Stopped(Exception):
+        pass
+
+    make = train.make_train_step
+    for stop in (11, 1, 5, 9, 3):  # in stage one, in the probes of a round, in its training, and so on
+        left = [stop]
+
+        def stopping(*arguments, left=left):
+            step = make(*arguments)
+
+            def counted(*rest):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Stopped
+                return step(*rest)
+
+            return counted
+
+        monkeypatch.setattr(train, "make_train_step", stopping)
+        with pytest.raises(Stopped):
+            pipeline.run(config, tmp_path / "killed")
+    monkeypatch.undo()
+    pipeline.run(config, tmp_path / "killed")
+    pipeline.run(config, tmp_path / "whole")
+    ends = []
+    for name in ("killed", "whole"):
+        run = pipeline.open_run(config, tmp_path / name)
+        ends.append({stage.name: jax.device_get(run.params_of(stage)) for stage in run.stages})
+        steps = [
+            json.loads((stage.directory(run.workdir) / "STAGE_COMPLETE").read_text())["step"] for stage in run.stages
+        ]
+        assert steps[-1] % 4 == 0  # the gate ended it
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), *ends))
 
 
 @pytest.mark.parametrize("way", ["short", "quarters", "tract"])
