@@ -16,7 +16,7 @@ from guided_distill.stages import make_knobs, make_stages
 from guided_distill.state import make_state, student_params
 from guided_distill.teachers import initial_params
 
-EXPERIMENT = from_config(tiny_config())
+EXPERIMENT = from_config(tiny_config(clip_targets=False))  # what a student starts as is the unclipped teacher
 STAGES = {stage.name: stage for stage in make_stages(EXPERIMENT)}
 
 
