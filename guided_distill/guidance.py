@@ -182,6 +182,27 @@ def _autoguided(strong, weak, params):
     return denoiser
 
 
+@functools.cache  # a compiled step is looked up by its teacher: rounds of one network have the same one
+def clipped(teacher):
+    """The static Teacher whose x_hat is kept in its data's range, as its sampler keeps it; itself where there is none.
+
+    At high w x_hat leaves that range, and the sampler's path is another than the unclipped one.
+    """
+    if teacher.data_range is None:
+        return teacher
+    return dataclasses.replace(teacher, guided=functools.partial(_clipped, teacher))
+
+
+def _clipped(teacher, params):
+    denoiser = teacher.denoiser(params)
+
+    def within_range(z, logsnr, cond):
+        at = teacher.schedule.alpha_sigma(logsnr)
+        return diffusion.clip_prediction(denoiser(z, logsnr, cond), z, *at, teacher.data_range)
+
+    return within_range
+
+
 def interval(teacher, logsnr_min, logsnr_max):
     """The Teacher that guides only where logsnr_min <= log-SNR < logsnr_max, and is conditional elsewhere.
 

@@ -72,9 +72,9 @@ def make_stages(experiment: Experiment, outside=None) -> list[Stage]:
     return stages
 
 
-def _clip(experiment, teacher):
-    """Where the students' targets are clipped: as the teacher's samples are, or not at all."""
-    return teacher.data_range if experiment.clip_targets else None
+def _taught_by(experiment, model):
+    """A network as the teacher of the next: with its output clipped, as when it is sampled, or as it is."""
+    return guidance.clipped(model) if experiment.clip_targets else model
 
 
 def _whole_range(experiment):
@@ -147,16 +147,12 @@ def _stage1(experiment, guided, outside):
     return Stage(
         name="stage1",
         position=guided.position + 1,
-        objective=make_stage1(
-            weighting=experiment.weighting,
-            num_times=experiment.teacher.num_times,
-            clip=_clip(experiment, guided.model),
-        ),
+        objective=make_stage1(weighting=experiment.weighting, num_times=experiment.teacher.num_times),
         training=experiment.stage1,
         model=model,
         init=init,
         parent=guided.name,
-        teacher=guided.model,
+        teacher=_taught_by(experiment, guided.model),
         teacher_calls=guided.model.calls_per_step,
         num_steps=guided.num_steps,
         w_range=_whole_range(experiment),
@@ -199,11 +195,11 @@ def _rounds(experiment, first, series):
                     series,
                     substeps,
                     before.model.null_cond if series == "two" else None,
-                    _clip(experiment, before.model),
                 ),
                 training=training,
                 parent=before.name,
-                teacher=before.model,
+                # The encoder runs the other way, where nothing is clipped.
+                teacher=before.model if series == "encode" else _taught_by(experiment, before.model),
                 teacher_calls=(2 if series == "tract" else substeps) * before.model.calls_per_step,
                 num_steps=num_steps,
                 w_range=(0.0, 0.0) if series == "encode" else before.w_range,
@@ -216,14 +212,14 @@ def _rounds(experiment, first, series):
 
 
 @functools.cache  # rounds of one kind share the objective, hence the compiled step
-def _objective(weighting, series, substeps, null_cond, clip):
+def _objective(weighting, series, substeps, null_cond):
     if series == "encode":
         return make_encode(weighting=weighting)
     if series == "two":
-        return make_two_student(weighting=weighting, null_cond=null_cond, clip=clip)
+        return make_two_student(weighting=weighting, null_cond=null_cond)
     if series == "tract":
-        return make_tract(weighting=weighting, group=substeps, clip=clip)
-    return make_stage2(weighting=weighting, series=series, substeps=substeps, clip=clip)
+        return make_tract(weighting=weighting, group=substeps)
+    return make_stage2(weighting=weighting, series=series, substeps=substeps)
 
 
 def make_knobs(stage, grid, w_margin=0.0):

@@ -47,6 +47,9 @@ def test_stages_fork_from_stage_one_and_two_students_from_the_teacher():
     assert (calls["to_v"], calls["stage1"], calls["stage2_two_0001"], calls["stage1_w4"]) == (2, 1, 2, 1)
     # Rounds of one series share the objective, hence the compiled step.
     assert stages["stage2_sto_0002"].objective is stages["stage2_sto_0001"].objective
+    # So do their teachers, clipped ones among them; the encoder's is not clipped.
+    assert stages["stage2_det_0002"].teacher == stages["stage2_det_0001"].teacher != stages["stage1"].model
+    assert stages["encode_0002"].teacher == stages["stage1"].model
     assert stages["stage2_det_0002"].objective is stages["stage2_det_w4_0002"].objective
 
 

@@ -11,7 +11,7 @@ from analytic import quick_jit
 from test_objectives import COSINE, MOMENTS, NULL, OBJECTIVES, SCHEDULES, make_batch, make_knobs, null_cond
 
 from guided_distill import diffusion, samplers
-from guided_distill.guidance import classifier_free
+from guided_distill.guidance import Teacher, classifier_free, clipped
 from guided_distill.objectives import draws, make_encode, make_stage1, make_stage2, make_tract, make_two_student
 
 B, GROUP = 64, 4
@@ -273,31 +273,30 @@ def test_two_students_are_taught_by_their_guided_combination_and_not_told_w():
 # Clipped targets
 
 
-CLIPPED = {
-    "stage1": functools.partial(make_stage1, weighting="snr_trunc"),
-    "det": functools.partial(make_stage2, weighting="snr_trunc"),
-    "sto": functools.partial(make_stage2, weighting="snr_trunc", series="sto"),
-    "tract": functools.partial(make_tract, weighting="snr_trunc", group=GROUP),
-    "two": functools.partial(make_two_student, weighting="snr_trunc", null_cond=null_cond),
+TAUGHT = {
+    "stage1": make_stage1(weighting="snr_trunc"),
+    **{name: LESSONS[name][0] for name in ("det", "sto", "tract")},
+    "two": make_two_student(weighting="snr_trunc", null_cond=null_cond),
 }
 
 
-@pytest.mark.parametrize("name", CLIPPED)
+@pytest.mark.parametrize("name", TAUGHT)
 def test_a_clipped_target_keeps_to_the_range_and_an_unclipped_one_does_not(name):
-    def constant(value):
-        # By way of v, as a network would: what is clipped is x_hat, whatever the network says.
-        def denoiser(z, logsnr, cond):
-            at = COSINE.alpha_sigma(logsnr)
-            x = diffusion.to_prediction("x", jnp.full_like(z, value), z, *at)
-            return diffusion.to_prediction("v", diffusion.velocity(x, *at), z, *at)
+    def model_fn(params, z, logsnr, cond, *, dropout_key=None):
+        at = COSINE.alpha_sigma(logsnr)
+        return diffusion.velocity(diffusion.to_prediction("x", jnp.full_like(z, params), z, *at), *at)
 
-        return denoiser
-
-    apply = {"student": constant(0.5), "target_ema": constant(0.5), "teacher": constant(3.0)}
+    plain = Teacher(model_fn, None, COSINE, "v", None, num_classes=NULL, sample_shape=(3,), data_range=0.5)
 
     @quick_jit
     def losses(batch, knobs, keys):
-        return [CLIPPED[name](clip=clip)(apply, COSINE, batch, knobs, keys)[0] for clip in (0.5, None)]
+        own = plain.denoiser(0.5)
+        return [
+            TAUGHT[name](
+                {"student": own, "target_ema": own, "teacher": teacher.denoiser(3.0)}, COSINE, batch, knobs, keys
+            )[0]
+            for teacher in (clipped(plain), plain)
+        ]
 
     kept, left = losses(make_batch(B), make_knobs(), KEYS)
     assert kept.max() < 1e-3 < left.mean() / 100

@@ -6,11 +6,11 @@ from guided_distill import diffusion
 from guided_distill.objectives import draws
 
 
-def make_stage1(*, weighting, num_times=None, clip=None):
+def make_stage1(*, weighting, num_times=None):
     """omega(logsnr_t) || x_student(z_t, c, w) - x^w_teacher(z_t, c) ||^2, w ~ U[w_min, w_max] per example.
 
     t as the teacher was trained: U[0, 1] or i / num_times. Measured in v (see `denoise`). No label is dropped, and
-    nothing is clipped unless `clip` says so: then x^w_teacher is kept in [-clip, clip], as its sampler keeps it.
+    nothing is clipped but by a teacher that clips (`guidance.clipped`).
     """
 
     def objective(apply, schedule, batch, knobs, keys):
@@ -22,10 +22,7 @@ def make_stage1(*, weighting, num_times=None, clip=None):
         cond = {**cond, "w": draws.strengths(key_w, knobs)}
 
         z = diffusion.diffuse(x, draws.normal_like(key_eps, x), alpha, sigma)
-        guided = apply["teacher"](z, logsnr, cond)
-        if clip is not None:
-            guided = diffusion.clip_prediction(guided, z, alpha, sigma, clip)
-        target = jax.lax.stop_gradient(diffusion.velocity(guided, alpha, sigma))
+        target = jax.lax.stop_gradient(diffusion.velocity(apply["teacher"](z, logsnr, cond), alpha, sigma))
         v_mse = diffusion.mean_square(diffusion.velocity(apply["student"](z, logsnr, cond), alpha, sigma) - target)
         return diffusion.loss_weight_v(weighting, alpha, sigma) * v_mse, {"v_mse": v_mse}
 

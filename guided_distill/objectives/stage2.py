@@ -13,19 +13,17 @@ from guided_distill.objectives import draws
 _TEACHER_STEP = {"det": 1, "sto": 2}
 
 
-def teacher_steps(teacher, z, cond, points, clip=None):
+def teacher_steps(teacher, z, cond, points):
     """Predictions at the first k of k + 1 grid points of a path of DDIM steps: x and eps [k, B, *S].
 
-    `points` is a Grid of shape [k + 1, B]; `clip` bounds every x_hat, as in a sampler. All evaluations are one
-    `lax.scan`, so the program holds one copy of the teacher's network: on a TPU its compilation takes minutes. On the
-    CPU it takes seconds, and the loop would cost more than that: XLA gives operations inside it fewer threads.
+    `points` is a Grid of shape [k + 1, B]. All evaluations are one `lax.scan`, so the program holds one copy of the
+    teacher's network: on a TPU its compilation takes minutes. On the CPU it takes seconds, and the loop would cost more
+    than that: XLA gives operations inside it fewer threads.
     """
 
     def step(z, at):
         here, there = at
         prediction = teacher(z, here.logsnr, cond)
-        if clip is not None:
-            prediction = diffusion.clip_prediction(prediction, z, here.alpha, here.sigma, clip)
         return diffusion.ddim_step(prediction, there.alpha, there.sigma), prediction
 
     here = jax.tree.map(lambda table: table[:-1], points)
@@ -48,7 +46,7 @@ def path_weights(index, points):
     return jnp.where(index[-1:] == 0, lands_clean, diffusion.convex_weights(points))
 
 
-def make_stage2(*, weighting, series="det", substeps=2, clip=None):
+def make_stage2(*, weighting, series="det", substeps=2):
     """omega(logsnr_t) || x_student(z_t, c, w) - x_tilde ||^2 at t = i/N, i ~ U{1 .. N} (algorithm 2).
 
     x_tilde, (6), puts one DDIM step of the student where its teacher's steps end, at t = 0 the last prediction itself:
@@ -56,10 +54,8 @@ def make_stage2(*, weighting, series="det", substeps=2, clip=None):
     "det": `substeps` steps of 1/(substeps N), from t to t - 1/N.
     "sto": two steps of 1/N, from t to t - 2/N, and from t = 1/N the one step to 0 (section 3.3).
 
-    With `clip` the teacher's every x_hat is kept in [-clip, clip], as its sampler keeps it: at high w they leave that
-    range, and the sampler's path is another than the unclipped one. N = knobs.num_steps is traced, and substeps * N
-    divides the grid. The loss is taken in x, in float32. Raises ValueError for a series that does not exist, fewer than
-    two steps, and a stochastic one of any number but two.
+    N = knobs.num_steps is traced, and substeps * N divides the grid. The loss is taken in x, in float32. Raises
+    ValueError for a series that does not exist, fewer than two steps, and a stochastic one of any number but two.
     """
     if series not in _TEACHER_STEP:
         raise ValueError(f"series is {series!r}; it must be one of {', '.join(_TEACHER_STEP)}")
@@ -80,7 +76,7 @@ def make_stage2(*, weighting, series="det", substeps=2, clip=None):
         cond = {**cond, "w": draws.strengths(key_w, knobs)}
 
         z = diffusion.diffuse(x, draws.normal_like(key_eps, x), at_t.alpha, at_t.sigma)
-        x_hats = teacher_steps(apply["teacher"], z, cond, points, clip).x
+        x_hats = teacher_steps(apply["teacher"], z, cond, points).x
         target = jax.lax.stop_gradient(diffusion.composite_target(x_hats, path_weights(index, points)))
         x_mse = diffusion.mean_square(apply["student"](z, at_t.logsnr, cond).x - target)
         return diffusion.loss_weight_x(weighting, at_t.alpha, at_t.sigma) * x_mse, {"x_mse": x_mse}

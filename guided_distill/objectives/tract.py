@@ -8,14 +8,13 @@ from guided_distill.objectives import draws
 from guided_distill.objectives.stage2 import path_weights
 
 
-def make_tract(*, weighting, group, clip=None):
+def make_tract(*, weighting, group):
     """omega(logsnr_t) || x_student(z_t, c, w) - x_tilde ||^2 at t = j/T, j ~ U{1 .. T}, T = `group` * N.
 
     The T steps lie in N = knobs.num_steps groups, and the student jumps from any t to the start s of its group.
     x_tilde, (6), is that of the teacher's DDIM step t -> t - 1/T and the jump t - 1/T -> s of apply["target_ema"], the
     moving average of the student: the teacher's prediction alone where its step lands on s, else the average's alone
-    where s = 0. With `clip` the teacher's x_hat is kept in [-clip, clip]. N is traced, and T divides the grid. The loss
-    is taken in x, in float32.
+    where s = 0. N is traced, and T divides the grid. The loss is taken in x, in float32.
     """
 
     def objective(apply, schedule, batch, knobs, keys):
@@ -32,8 +31,6 @@ def make_tract(*, weighting, group, clip=None):
 
         z = diffusion.diffuse(x, draws.normal_like(key_eps, x), at_t.alpha, at_t.sigma)
         first = apply["teacher"](z, at_t.logsnr, cond)
-        if clip is not None:
-            first = diffusion.clip_prediction(first, z, at_t.alpha, at_t.sigma, clip)
         z_m = diffusion.ddim_step(first, at_m.alpha, at_m.sigma)
         second = apply["target_ema"](z_m, at_m.logsnr, cond)
         x_hats = jnp.stack([first.x, second.x])

@@ -4,13 +4,13 @@ from guided_distill import guidance
 from guided_distill.objectives.stage2 import make_stage2
 
 
-def make_two_student(*, weighting, null_cond, clip=None):
+def make_two_student(*, weighting, null_cond):
     """omega(logsnr_t) || (1 + w) x_student(z_t, c) - w x_student(z_t, null) - x_tilde ||^2, all else as in stage two.
 
     One network, not given w, makes both outputs, at two evaluations a step. Only their combination is taught, which
     does not determine the pair. `null_cond` maps a cond to the one that stands for no condition.
     """
-    stage2 = make_stage2(weighting=weighting, clip=clip)
+    stage2 = make_stage2(weighting=weighting)
 
     def objective(apply, schedule, batch, knobs, keys):
         pair = guidance.classifier_free(apply["student"], null_cond)
