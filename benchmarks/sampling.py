@@ -13,7 +13,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from guided_distill import diffusion, generate, samplers, sharding
+from guided_distill import compilation, diffusion, generate, samplers, sharding
 from guided_distill.experiment import from_config
 from guided_distill.teachers import initial_params, make_model
 
@@ -45,7 +45,7 @@ def network_call(model, params, mesh, batch_size):
     z, one = jnp.zeros((batch_size, *model.sample_shape)), jnp.ones(batch_size)
     cond = {"label": jnp.zeros(batch_size, jnp.int32), "w": one}
     z, one, cond = jax.device_put((z, one, cond), sharding.batched(mesh))
-    options = sharding.compiler_options(mesh)
+    options = compilation.compiler_options(mesh)
     forward = jax.jit(model.model_fn, out_shardings=sharding.batched(mesh), compiler_options=options)
     return lambda: forward(params, z, one, cond)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from guided_distill import samplers, sharding
+from guided_distill import compilation, samplers, sharding
 
 
 @functools.cache
@@ -22,7 +22,7 @@ def compiled(model, sampler, mesh):
             z = samplers.initial_noise(keys, model.sample_shape, model.schedule.prior_std)
         return sampler(model.denoiser(params), grid, z, cond, num_steps, keys, clip=model.data_range)
 
-    options = sharding.compiler_options(mesh)
+    options = compilation.compiler_options(mesh)
     return jax.jit(sample, out_shardings=sharding.batched(mesh), compiler_options=options)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from guided_distill import guidance, metrics, optim, sharding
+from guided_distill import compilation, guidance, metrics, optim, sharding
 from guided_distill.errors import UserError
 
 _MAX_SKIPPED = 20  # non-finite updates in a row before a run is given up: more than a spike, and far from an epoch
@@ -59,7 +59,7 @@ def make_train_step(objective, student, teacher, optimiser, mesh):
         return state, {"loss": loss, **named, **optimisation, "param_norm": optax.tree.norm(state.params)}
 
     whole = sharding.replicated(mesh)
-    options = sharding.compiler_options(mesh)
+    options = compilation.compiler_options(mesh)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole), compiler_options=options)
 
 
@@ -72,7 +72,7 @@ def make_gap(objective, student, teacher, mesh):
         keys = example_keys(key, 0, batch["x"].shape[0])
         return named_losses(state.eval_params, state.ema, frozen, batch, knobs, keys)[0].mean()
 
-    options = sharding.compiler_options(mesh)
+    options = compilation.compiler_options(mesh)
     return jax.jit(gap, out_shardings=sharding.replicated(mesh), compiler_options=options)
 
 

@@ -15,6 +15,7 @@ PACKAGE = "guided_distill"
 # A room (a file or folder directly under the package) imports rooms of lower levels; within SIDE_BY_SIDE also its own.
 LEVEL = {
     "errors": 0,
+    "compilation": 1,
     "files": 1,
     "diffusion": 1,
     "factories": 1,
