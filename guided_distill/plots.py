@@ -85,9 +85,7 @@ def error_against_steps(curves, *, title, ylabel) -> np.ndarray:
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([f"{n:g}" for n in ticks])
-    axes.grid(color="#E6E6E6", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_xlabel("number of steps", color=INK)
+    _bare(axes, "number of steps")
     axes.set_ylabel(ylabel, color=INK)
     axes.set_title(title, color=INK, fontsize=12)
     figure.legend(loc="outside right upper", frameon=False, fontsize=10)
@@ -108,9 +106,7 @@ def values_against_w(panels, *, title) -> np.ndarray:
             style = {"color": COLOURS[k], "marker": MARKERS[k], "linestyle": DASHES[k]}
             axes.plot(strengths, values, label=name, linewidth=1.6, markersize=5, **style)
         axes.set_ylim(bottom=0.0)
-        axes.grid(color="#E6E6E6", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlabel("guidance strength w", color=INK)
+        _bare(axes, "guidance strength w")
         axes.set_title(ylabel, color=INK, fontsize=11)
     for axes in axes_of[len(panels) :]:
         axes.set_axis_off()
@@ -122,6 +118,13 @@ def values_against_w(panels, *, title) -> np.ndarray:
 def _panels(rows, columns, size=PANEL):
     figure = Figure(figsize=(size * columns, size * rows + 0.5), dpi=DPI, layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False).ravel()
+
+
+def _bare(axes, xlabel):
+    """Axes for curves: a faint grid, no frame."""
+    axes.grid(color="#E6E6E6", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel(xlabel, color=INK)
 
 
 def _coloured(labels):

@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from stopping import Stopped, stop_after
 from tiny import tiny_config
 
 from guided_distill import metrics, pipeline
@@ -81,25 +82,8 @@ def test_an_interrupted_evaluation_keeps_its_rows(finished):
 
 
 def test_a_chain_interrupted_in_every_stage_ends_with_the_same_weights(finished, tmp_path, monkeypatch):
-    class Stopped(Exception):
-        pass
-
-    make = pipeline.train.make_train_step
     for stop in (3, 2, 3, 1):
-        calls = []
-
-        def stopping(*arguments, stop=stop, calls=calls):
-            step = make(*arguments)
-
-            def counted(*rest):
-                calls.append(None)
-                if len(calls) > stop:
-                    raise Stopped
-                return step(*rest)
-
-            return counted
-
-        monkeypatch.setattr(pipeline.train, "make_train_step", stopping)
+        stop_after(monkeypatch, stop)
         with pytest.raises(Stopped):
             pipeline.run(tiny_config(), tmp_path)
     monkeypatch.undo()

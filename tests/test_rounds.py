@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from stopping import Stopped, stop_after
 from tiny import tiny_config
 
 import configs.rounds
-from guided_distill import metrics, pipeline, rounds, sharding, train
+from guided_distill import metrics, pipeline, rounds, sharding
 from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
 from guided_distill.stages import make_stages
@@ -137,25 +138,8 @@ def test_a_planned_run_trains_what_its_plans_say_and_the_gate_holds_it_up(tmp_pa
 def test_a_planned_and_gated_run_that_is_interrupted_ends_with_the_same_weights(tmp_path, monkeypatch):
     config = tiny_config(**PLANNED, **{"rounds.gate_every": 4, "rounds.gate_least_fall": 0.5})
 
-    class Stopped(Exception):
-        pass
-
-    make = train.make_train_step
     for stop in (11, 1, 5, 9, 3):  # in stage one, in the probes of a round, in its training, and so on
-        left = [stop]
-
-        def stopping(*arguments, left=left):
-            step = make(*arguments)
-
-            def counted(*rest):
-                left[0] -= 1
-                if left[0] < 0:
-                    raise Stopped
-                return step(*rest)
-
-            return counted
-
-        monkeypatch.setattr(train, "make_train_step", stopping)
+        stop_after(monkeypatch, stop)
         with pytest.raises(Stopped):
             pipeline.run(config, tmp_path / "killed")
     monkeypatch.undo()
