@@ -46,6 +46,20 @@ def path_weights(index, points):
     return jnp.where(index[-1:] == 0, lands_clean, diffusion.convex_weights(points))
 
 
+def path(series, substeps, num_steps, i, grid):
+    """The places in `grid`, i32 [k + 1, B], that the teacher goes through in one student's step from t = i/N, i [B]."""
+    stride = grid.num_intervals // (substeps * num_steps)
+    travelled = _TEACHER_STEP[series] * jnp.arange(substeps + 1)[:, None]
+    return stride * jnp.maximum(substeps * i[None] - travelled, 0)
+
+
+def target(teacher, z, cond, index, grid):
+    """x_tilde [B, *S], (6), of a teacher's DDIM steps from z through the grid's points `index`, see `path`."""
+    points = grid.at(index)
+    x_hats = teacher_steps(teacher, z, cond, points).x
+    return jax.lax.stop_gradient(diffusion.composite_target(x_hats, path_weights(index, points)))
+
+
 def make_stage2(*, weighting, series="det", substeps=2):
     """omega(logsnr_t) || x_student(z_t, c, w) - x_tilde ||^2 at t = i/N, i ~ U{1 .. N} (algorithm 2).
 
@@ -67,18 +81,14 @@ def make_stage2(*, weighting, series="det", substeps=2):
     def objective(apply, schedule, batch, knobs, keys):
         x, cond = draws.split_batch(batch)
         key_i, key_eps, key_w = draws.split_examples(keys, 3)
-        stride = knobs.grid.num_intervals // (substeps * knobs.num_steps)
         i = draws.randint(key_i, 1, knobs.num_steps + 1)
-        travelled = _TEACHER_STEP[series] * jnp.arange(substeps + 1)[:, None]
-        index = stride * jnp.maximum(substeps * i[None] - travelled, 0)
-        points = knobs.grid.at(index)
-        at_t = points.at(0)
+        index = path(series, substeps, knobs.num_steps, i, knobs.grid)
+        at_t = knobs.grid.at(index[0])
         cond = {**cond, "w": draws.strengths(key_w, knobs)}
 
         z = diffusion.diffuse(x, draws.normal_like(key_eps, x), at_t.alpha, at_t.sigma)
-        x_hats = teacher_steps(apply["teacher"], z, cond, points).x
-        target = jax.lax.stop_gradient(diffusion.composite_target(x_hats, path_weights(index, points)))
-        x_mse = diffusion.mean_square(apply["student"](z, at_t.logsnr, cond).x - target)
+        x_tilde = target(apply["teacher"], z, cond, index, knobs.grid)
+        x_mse = diffusion.mean_square(apply["student"](z, at_t.logsnr, cond).x - x_tilde)
         return diffusion.loss_weight_x(weighting, at_t.alpha, at_t.sigma) * x_mse, {"x_mse": x_mse}
 
     return objective

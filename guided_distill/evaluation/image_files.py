@@ -1,0 +1,98 @@
+"""Samples that lie on disk, of any program: a folder of pictures or an npz, as batches of images."""
+
+import zipfile
+
+import numpy as np
+from etils import epath
+from PIL import Image, UnidentifiedImageError
+
+from guided_distill.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_IMAGES, _LABELS = ("x", "arr_0", "samples", "images"), ("label", "arr_1", "labels")  # ours first, then ADM's
+
+
+def open_samples(path: epath.PathLike):
+    """`len(it)` images, and `it.batches(size)` yielding (index [b], x f32[b,H,W,C] in [-1, 1], label [b] or None).
+
+    `path` is an npz (x or arr_0: uint8[N,H,W,C] or f32 in [-1, 1]; label or arr_1: classes), or a folder of pictures in
+    the order of their names, with the classes where they lie in folders 0, 1, ... . Raises UserError, naming the file,
+    for one that is missing, empty or no picture, and for pictures of several shapes.
+    """
+    path = epath.Path(path)
+    if path.is_dir():
+        return _Folder(path)
+    if path.suffix != ".npz":
+        raise UserError(f"--samples={path}: no such folder, and no npz")
+    return _Arrays(path)
+
+
+class _Arrays:
+    def __init__(self, path):
+        try:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+                names = list(arrays)
+                image_key = next((name for name in _IMAGES if name in names), None)
+                label_key = next((name for name in _LABELS if name in names), None)
+                self.images = None if image_key is None else arrays[image_key]
+                self.labels = None if label_key is None else arrays[label_key]
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise UserError(f"--samples={path} cannot be read as an npz of arrays ({error})") from error
+        if self.images is None:
+            raise UserError(f"--samples={path} holds {', '.join(names) or 'nothing'}; x or arr_0 is needed")
+        if self.images.ndim != 4 or not len(self.images):
+            raise UserError(f"--samples={path}: {image_key} is {self.images.shape}; images are [N, H, W, C]")
+        if self.labels is not None and self.labels.shape != self.images.shape[:1]:
+            raise UserError(f"--samples={path}: {len(self.images)} images and labels of shape {self.labels.shape}")
+        if self.images.dtype != np.uint8 and not np.abs(self.images).max() <= 1.5:
+            raise UserError(f"--samples={path}: {image_key} is {self.images.dtype} beyond [-1, 1]; save uint8 instead")
+
+    def __len__(self):
+        return len(self.images)
+
+    @property
+    def shape(self):
+        """(H, W, C)."""
+        return self.images.shape[1:]
+
+    def batches(self, size):
+        for start in range(0, len(self), size):
+            index = np.arange(start, min(start + size, len(self)))
+            yield index, _scaled(self.images[index]), None if self.labels is None else self.labels[index]
+
+
+class _Folder:
+    def __init__(self, path):
+        self._path = path
+        self._files = sorted(f for level in ("*", "*/*") for f in path.glob(level) if f.suffix.lower() in SUFFIXES)
+        if not self._files:
+            raise UserError(f"--samples={path} holds no picture ({', '.join(SUFFIXES)})")
+        self.shape = _read(self._files[0]).shape
+        folders = [f.parent.name for f in self._files]
+        self.labels = np.array(list(map(int, folders)), np.int32) if all(map(str.isdecimal, folders)) else None
+
+    def __len__(self):
+        return len(self._files)
+
+    def batches(self, size):
+        for start in range(0, len(self), size):
+            index = np.arange(start, min(start + size, len(self)))
+            images = [_read(self._files[i]) for i in index]
+            for i, image in zip(index, images, strict=True):
+                if image.shape != self.shape:
+                    raise UserError(f"{self._files[i]} is {image.shape}, the first picture {self.shape}")
+            yield index, _scaled(np.stack(images)), None if self.labels is None else self.labels[index]
+
+
+def _read(file):
+    try:
+        with file.open("rb") as stream, Image.open(stream) as image:
+            grey = image.mode in ("1", "L")
+            return np.asarray(image.convert("L" if grey else "RGB")).reshape(*image.size[::-1], 1 if grey else 3)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+        raise UserError(f"{file} cannot be read as a picture ({error}); remove it, or write it anew") from error
+
+
+def _scaled(images):
+    x = images.astype(np.float32)
+    return x / 127.5 - 1.0 if images.dtype == np.uint8 else x
