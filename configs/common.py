@@ -79,6 +79,8 @@ def get_config():
     config.evaluate.num_steps = (1, 2, 4, 8, 16)
     config.evaluate.classifier_updates = 5000
     config.evaluate.baselines = ()
+    config.evaluate.features = ("classifier",)
+    config.evaluate.reference = config_dict.placeholder(str)
     config.evaluate.seed = 0
 
     config.log = ml_collections.ConfigDict({"every": 100, "sample_every": 10_000})

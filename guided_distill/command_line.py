@@ -11,7 +11,8 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "An experiment: a file with get_config(); --config.key=value overrides."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<stem of the config> by default.")
-MODE = flags.DEFINE_enum("mode", "run", ["run", "evaluate", "sample", "transfer", "prepare_data"], "What to do.")
+_MODES = ["run", "evaluate", "reference", "sample", "transfer", "prepare_data"]
+MODE = flags.DEFINE_enum("mode", "run", _MODES, "What to do.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the stages, parameters and memory, and stop.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", 4, "sample: network evaluations per image.")
 SERIES = flags.DEFINE_string(
@@ -22,6 +23,9 @@ SERIES = flags.DEFINE_string(
 W = flags.DEFINE_float("w", 1.0, "sample, transfer: guidance strength.")
 LABELS = flags.DEFINE_list("labels", None, "sample: classes, repeated over the images; drawn from the seed by default.")
 TARGET = flags.DEFINE_string("target", None, "transfer: the workdir of the run whose domain is drawn in.")
+SAMPLES = flags.DEFINE_string(
+    "samples", None, "evaluate: a folder of pictures or an npz to measure in place of a run, or data:test."
+)
 NUM = flags.DEFINE_integer("num", 64, "sample: how many images.")
 SEED = flags.DEFINE_integer("seed", 0, "sample: image k depends on (seed, k), its label and w alone.")
 OUT = flags.DEFINE_string("out", "samples.png", "sample: grid.png, or samples.npz with arrays x, label, index.")

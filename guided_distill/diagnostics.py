@@ -33,6 +33,11 @@ def work(experiment, stages):
     return _EXAMPLES * sum(calls)
 
 
+def is_of(told, experiment, stage):
+    """Whether `told` is what `diagnose` says of these strengths; None is not."""
+    return told is not None and [w for w, _ in told["gap_by_w"]] == _strengths(experiment, stage)
+
+
 def diagnose(run, stage):
     """{"gap_by_t": [[t, gap]], "gap_by_w", "clipped", "colour_drift": [[w, value]], ...} of a trained stage.
 

@@ -1,266 +1,195 @@
 """The surface of quality over (model, steps, w): rows of summary.json, a table, a picture."""
 
 import dataclasses
+import io
 import json
 import os
 import platform
 import time
-from typing import Any
 
 import jax
 import numpy as np
 from rich.table import Table
 
-from guided_distill import evaluators, pictures
-from guided_distill.data import read_records
+from guided_distill import pictures
 from guided_distill.errors import UserError
+from guided_distill.evaluation import pixels
+from guided_distill.evaluation.measure import name_of
+from guided_distill.evaluation.samples import Samples
+from guided_distill.evaluation.yardstick import features_of, make_yardsticks, measure_by
 from guided_distill.files import write_whole
 from guided_distill.generate import sample_images
-from guided_distill.models import classifier
-from guided_distill.samplers import DRAWS_NOISE, network_calls
+from guided_distill.surface import make_entries, work
 
 _SHOWN = 10  # samples in a row of the picture,
 _SHOWN_POINTS = 500  # or points in one of its panels
-_CLASSIFIER_IMAGES = 50_000
+_COMPARED = 5000  # samples whose distance to the reference teacher's is taken
 _ROW_KEY = ("stage", "sampler", "num_steps", "w")
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One model with one sampler at one of the numbers of steps it is measured at."""
-
-    stage: Any
-    num_steps: int
-    sampler: str = "deterministic"
-    reference: bool = False  # the teacher's own best
-
-    @property
-    def is_teacher(self):
-        """Whether this is the model that is distilled."""
-        return self.stage.name in ("teacher", "to_v")
-
-    @property
-    def calls(self):
-        """Network evaluations per image."""
-        return self.stage.model.calls_per_step * network_calls(self.sampler, self.num_steps)
-
-    @property
-    def keeps_the_map(self):
-        """Whether an image is a function of its first noise alone, hence comparable with the reference's."""
-        return self.sampler not in DRAWS_NOISE
-
-    @property
-    def label(self):
-        """How the picture and the progress call it."""
-        calls = f"({self.calls} call{'s' * (self.calls > 1)})"
-        if self.is_teacher:
-            name = "teacher" if self.sampler == "deterministic" else self.sampler
-            return f"{name} {self.num_steps}x{self.stage.model.calls_per_step} {calls}"
-        series = {"": "stage 1", "det": "student", "sto": "stochastic student", "two": "two students"}
-        name = series.get(self.stage.series, self.stage.series)
-        low, high = self.stage.w_range
-        return f"{name}{f' of w {low:g}' * (low == high)} {self.num_steps} {calls}"
-
-    def key(self, w):
-        """What names its row for a w."""
-        return self.stage.name, self.sampler, self.num_steps, w
-
-    def strengths(self, config):
-        """Those w of an evaluation that the model was trained for."""
-        low, high = self.stage.w_range
-        return [w for w in config.w if low <= w <= high]
-
-
-@dataclasses.dataclass(frozen=True)
-class Measure:
-    """What samples are measured with: the classifier, and the statistics of its features over the training set."""
-
-    params: Any
-    reference: evaluators.GaussianStats
-    noise_floor: float
-    test_accuracy: float
-
-
-def make_entries(experiment, stages):
-    """The reference teacher first: everything after it is compared with its images."""
-    config = experiment.evaluate
-    few = sorted(config.num_steps, reverse=True)
-    guided, *students = (stage for stage in stages if stage.name != "teacher" or not experiment.to_v.updates)
-    entries = [Entry(guided, experiment.stage2.teacher_steps, reference=True)]
-    entries += [Entry(guided, n, sampler) for sampler in ("deterministic", *config.baselines) for n in few]
-    for first in (stage for stage in students if not stage.series):
-        entries += [Entry(first, n) for n in few]
-    rounds = [stage for stage in students if stage.series and stage.sampler != "encode" and stage.num_steps in few]
-    return entries + [Entry(stage, stage.num_steps, stage.sampler) for stage in rounds]
-
-
-def work(experiment, stages):
-    """What `evaluate` costs, in forward passes of one image."""
-    entries = make_entries(experiment, stages)
-    calls = sum(entry.calls * len(entry.strengths(experiment.evaluate)) for entry in entries)
-    return experiment.evaluate.num_samples * calls
+_SURFACE = ("w", "num_steps", "batch_size")  # of the settings: what adds rows and changes none
 
 
 def evaluate(run, progress):
     """Measures every model of a finished run; returns the summary, which is also written with a table and a picture.
 
-    Rows that are there already, of the same weights and settings, are kept: an interrupted evaluation goes on, and
-    further w or num_steps add rows.
+    Rows that are there already, of the same weights and settings, are kept: an interrupted evaluation loses the row it
+    was at, and further w or num_steps add rows.
     """
     entries = make_entries(run.experiment, run.stages)
     keys = [entry.key(w) for entry in entries for w in entry.strengths(run.experiment.evaluate)]
-    found, rows = _earlier(run)
-    if found is not None and all(key in rows for key in keys) and (run.workdir / "comparison.png").exists():
+    found = _earlier(run)
+    rows = {
+        tuple(row[key] for key in _ROW_KEY): row
+        for row in found.get("rows", [])
+        if (run.workdir / row["picture"]).exists()
+    }
+    if found.get("evaluate") == _settings(run.experiment.evaluate) and all(key in rows for key in keys):
         progress.skip(work(run.experiment, run.stages))
         progress.say_table(_table(found))
         return found
 
-    progress.say("training the classifier that measures")
-    measure = _make_measure(run)
-    summary = {
-        "rows": [],
-        "noise_floor": measure.noise_floor,
-        "classifier_test_accuracy": measure.test_accuracy,
-        "evaluate": _settings(run.experiment.evaluate),
-        "environment": _environment(),
-    }
+    directory = _directory(run)
     if run.is_main:
-        (run.workdir / "comparison.png").unlink(missing_ok=True)
-    shown = {}
-    for entry, w, row, images in _measured(run, entries, rows, measure, progress):
+        directory.mkdir(parents=True, exist_ok=True)
+        if not rows:
+            _clear(directory)
+    yardsticks = make_yardsticks(run.experiment, run.dataset, directory, run.mesh, progress.say)
+    summary, said = {**found, **_told(run, yardsticks)}, set()
+    for entry, w, row in _measured(run, entries, rows, yardsticks, progress):
         rows[entry.key(w)] = row
-        shown[entry, w] = images
+        for note in sorted(set(row["notes"]) - said):
+            progress.say(note)
+        said |= set(row["notes"])
         # Rows of other w or numbers of steps, measured in the same way earlier, stay.
         summary["rows"] = [rows[key] for key in dict.fromkeys([*keys, *rows]) if key in rows]
         if run.is_main:
-            write_whole(run.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
+            write_summary(run, summary)
     if run.is_main:
-        pictures.save_png(run.workdir / "comparison.png", _comparison(run.experiment, entries, shown))
+        pictures.save_png(run.workdir / "comparison.png", _comparison(run, entries))
         progress.say_table(_table(summary))
         progress.say(f"{run.workdir / 'comparison.png'}: samples; {run.workdir / 'summary.json'}: these figures")
     return summary
 
 
-def _measured(run, entries, rows, measure, progress):
-    """Yields (entry, w, row, a few images) for all models; a row that `rows` holds is not measured again."""
-    config = run.experiment.evaluate
-    reference, loaded, warm = {}, (None, None), set()
-    few = min(_SHOWN if len(run.experiment.data.sample_shape) > 1 else _SHOWN_POINTS, config.num_samples)
-    for entry in entries:
-        if loaded[0] is not entry.stage:
-            loaded = (entry.stage, run.params_of(entry.stage))
-        if (entry.stage.model, entry.sampler) not in warm:
-            _samples(run, entry, loaded[1], config.w[0], num=1, num_steps=1)  # compiles
-            warm.add((entry.stage.model, entry.sampler))
-            progress.begin()
-        for w in entry.strengths(config):
-            row = rows.get(entry.key(w))
-            # Where a row is there, only the reference's images, and the few that the picture shows, are needed again.
-            num = config.num_samples if row is None or entry.reference else few
-            samples = _samples(run, entry, loaded[1], w, num=num, num_steps=entry.num_steps)
-            if entry.reference:
-                # Half precision holds an image to 1e-3 of its range, and 50,000 of them in memory.
-                reference[w] = samples["x"].astype(np.float16)
-            if row is None:
-                asked = reference[w] if entry.keeps_the_map else None
-                row = _row(
-                    run, entry, w, samples, _measure_samples(measure, samples, asked, entry.stage.model.data_range)
-                )
-            yield entry, w, row, samples["x"][:few]
-            progress.advance(config.num_samples * entry.calls, f"evaluating {entry.label}", f"w {w:g}")
+def write_summary(run, summary):
+    """Writes summary.json, whole or not at all."""
+    write_whole(run.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 
 def forget(workdir):
-    """Removes what an evaluation wrote: its weights are about to change."""
-    for name in ("summary.json", "comparison.png"):
+    """Removes what an evaluation wrote of weights that are about to change."""
+    for name in ("summary.json", "comparison.png", "report.html"):
         (workdir / name).unlink(missing_ok=True)
+    _clear(workdir / "evaluation")
 
 
-def _settings(config):
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+def _clear(directory):
+    """Removes samples; the classifier and the statistics of real images, which belong to the data, stay."""
+    for suffix in ("npy", "png"):
+        for path in directory.glob(f"*.{suffix}"):
+            path.unlink()
 
 
-def _earlier(run):
-    """(the summary that is there or None, its rows by their keys), if they were measured in the same way."""
-    path = run.workdir / "summary.json"
-    if not path.exists():
-        return None, {}
-    try:
-        summary = json.loads(path.read_text())
-        theirs, ours = summary["evaluate"], _settings(run.experiment.evaluate)
-        rows = {tuple(row[key] for key in _ROW_KEY): row for row in summary["rows"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a summary of this program ({error}); delete it") from error
-    if any("diversity" not in row["metrics"] for row in rows.values()):  # of a version that measured less
-        return None, {}
-    surface = ("w", "num_steps", "batch_size")
-    if any(theirs.get(key) != ours[key] for key in ours if key not in surface):
-        return None, {}
-    return (summary if theirs == ours else None), rows
+def _directory(run):
+    return run.workdir / "evaluation"
 
 
-def _make_measure(run):
-    config, dataset = run.experiment.evaluate, run.dataset
-    # An even share of a large set: 50,000 images teach the classifier, all of them are the reference.
-    number = min(len(dataset.train), _CLASSIFIER_IMAGES)
-    train = read_records(dataset.train, np.linspace(0, len(dataset.train) - 1, number).astype(int))
-    test = read_records(dataset.test, range(min(len(dataset.test), _CLASSIFIER_IMAGES)))
-    params = classifier.train_classifier(
-        train["x"], train["label"], dataset.num_classes, seed=config.seed, updates=config.classifier_updates
+def _measured(run, entries, rows, yardsticks, progress):
+    """Yields (entry, w, row) of all models; a row that `rows` holds is not measured again."""
+    config, loaded, warm = run.experiment.evaluate, (None, None), set()
+    reference = next(entry for entry in entries if entry.reference)
+    for entry in entries:
+        for w in entry.strengths(config):
+            row = rows.get(entry.key(w))
+            if row is None:
+                if loaded[0] is not entry.stage:
+                    loaded = (entry.stage, run.params_of(entry.stage))
+                if (entry.stage.model, entry.sampler) not in warm:
+                    list(_drawn(run, entry, loaded[1], config.w[0], num=1, num_steps=1))  # compiles
+                    warm.add((entry.stage.model, entry.sampler))
+                    progress.begin()
+                asked = _reference_images(run, reference, w) if entry.keeps_the_map and entry != reference else None
+                row = _measure_row(run, entry, loaded[1], w, yardsticks, asked)
+            yield entry, w, row
+            progress.advance(config.num_samples * entry.calls, f"evaluating {entry.label}", f"w {w:g}")
+
+
+def _drawn(run, entry, params, w, *, num, num_steps):
+    """Yields (index, label, x, the seconds an image of the batch took) for images 0 .. num - 1 of the seed."""
+    config = run.experiment.evaluate
+    batches = sample_images(
+        entry.stage.model,
+        params,
+        run.grid,
+        run.mesh,
+        seed=config.seed,
+        num=num,
+        w=w,
+        num_steps=num_steps,
+        batch_size=config.batch_size,
+        sampler=entry.sampler,
     )
-    chunks = [range(start, min(start + 5000, len(dataset.train))) for start in range(0, len(dataset.train), 5000)]
-    features = np.concatenate(
-        [_features_and_logits(params, read_records(dataset.train, chunk)["x"])[0] for chunk in chunks]
-    )
-    return Measure(
-        params=params,
-        reference=evaluators.gaussian_stats(features),
-        noise_floor=evaluators.noise_floor(features, seed=config.seed),
-        test_accuracy=classifier.accuracy(params, test["x"], test["label"]),
-    )
-
-
-def _features_and_logits(params, x, batch_size=500):
-    outputs = []
-    for start in range(0, len(x), batch_size):
-        rows = x[start : start + batch_size]
-        # Padded, so that every batch is the same program.
-        padded = np.concatenate([rows, np.zeros((batch_size - len(rows), *x.shape[1:]), x.dtype)])
-        outputs.append([np.asarray(values)[: len(rows)] for values in classifier.features_and_logits(params, padded)])
-    return [np.concatenate(values) for values in zip(*outputs, strict=True)]
-
-
-def _samples(run, entry, params, w, *, num, num_steps):
-    """Images 0 .. num - 1 of the evaluation's seed, their labels, and the seconds an image took."""
-    config, grid = run.experiment.evaluate, run.grid
     start = time.perf_counter()
-    batches = list(
-        sample_images(
-            entry.stage.model,
-            params,
-            grid,
-            run.mesh,
-            seed=config.seed,
-            num=num,
-            w=w,
-            num_steps=num_steps,
-            batch_size=config.batch_size,
-            sampler=entry.sampler,
-        )
-    )
-    seconds = (time.perf_counter() - start) / (len(batches) * config.batch_size)
-    _, label, x = (np.concatenate(values) for values in zip(*batches, strict=True))
-    return {"x": x, "label": label, "seconds_per_image": seconds}
+    for index, label, x in batches:
+        yield index, label, x, (time.perf_counter() - start) / config.batch_size
+        start = time.perf_counter()
 
 
-def _measure_samples(measure, samples, reference, data_range):
-    features, logits = _features_and_logits(measure.params, samples["x"])
-    stats = evaluators.collect(features, logits, samples["label"], samples["x"], reference, data_range)
-    return evaluators.finish(stats, measure.reference)
+def _reference_images(run, reference, w):
+    """The reference teacher's first images for a w, f16: drawn again only where they are not on disk any more."""
+    path = _directory(run) / f"{reference.file(w)}.images.npy"
+    if not path.exists():
+        num = min(run.experiment.evaluate.num_samples, _COMPARED)
+        batches = _drawn(run, reference, run.params_of(reference.stage), w, num=num, num_steps=reference.num_steps)
+        _save_images(path, np.concatenate([x for _, _, x, _ in batches]))
+    return np.load(path, allow_pickle=False)
 
 
-def _row(run, entry, w, samples, values):
+def _measure_row(run, entry, params, w, yardsticks, asked):
+    """Draws the samples of one row, measures them, keeps what the pictures show; returns the row."""
+    config, bound = run.experiment.evaluate, entry.stage.model.data_range
+    kept, seconds, distances = [], [], []
+    parts = [[] for _ in yardsticks]
+    for index, label, x, took in _drawn(run, entry, params, w, num=config.num_samples, num_steps=entry.num_steps):
+        seconds.append(took)
+        figures = {} if bound is None else {"saturation": pixels.saturation(x, bound)}
+        for yardstick, batches in zip(yardsticks, parts, strict=True):
+            batches.append(Samples(index, *features_of(yardstick.network, x, run.mesh), label, figures))
+        near = index < _COMPARED
+        kept.append(x[near] if entry.reference else x[index < _num_shown(run)])
+        if asked is not None and near.any():
+            distances.append(pixels.distance(x[near], asked[index[near]]))
+    kept = np.concatenate(kept)
+    if entry.reference:
+        _save_images(_directory(run) / f"{entry.file(w)}.images.npy", kept)
+        distances = [np.zeros(len(kept))]
+    _keep_pictures(run, entry, w, kept[: _num_shown(run)])
+    measured = measure_by(yardsticks, parts, config.seed, f"{entry.label}, w {w:g}")
+    if distances:
+        measured["metrics"]["distance_to_reference"] = float(np.concatenate(distances).mean())
+    return _row(run, entry, w, float(np.mean(seconds)), measured, yardsticks)
+
+
+def _num_shown(run):
+    config, shape = run.experiment.evaluate, run.experiment.data.sample_shape
+    return min(_SHOWN if len(shape) > 1 else _SHOWN_POINTS, config.num_samples)
+
+
+def _keep_pictures(run, entry, w, x):
+    if run.is_main:
+        _save_images(_directory(run) / f"{entry.file(w)}.npy", x)
+        pictures.save_png(_directory(run) / f"{entry.file(w)}.png", pictures.strip(x))
+
+
+def _save_images(path, x):
+    """As half precision, which holds an image to 1e-3 of its range, and 5,000 of them in a file."""
+    buffer = io.BytesIO()
+    np.save(buffer, x.astype(np.float16))
+    write_whole(path, buffer.getvalue())
+
+
+def _row(run, entry, w, seconds, measured, yardsticks):
     given = run.given(entry.stage)
+    provenance = [yardstick.provenance for yardstick in yardsticks]
     return {
         "stage": entry.stage.name,
         "model": "teacher" if entry.is_teacher else "student",
@@ -268,13 +197,47 @@ def _row(run, entry, w, samples, values):
         "num_steps": entry.num_steps,
         "nfe": entry.calls,
         "w": w,
-        "seconds_per_image": samples["seconds_per_image"],
-        "metrics": values,
-        "num_samples": len(samples["x"]),
-        "feature_network": f"classifier (64 features) trained on {run.experiment.data.name}",
-        "reference": f"{run.experiment.data.name}/{run.experiment.data.train_split} ({len(run.dataset.train)} images)",
+        "seconds_per_image": seconds,
+        **measured,
+        "num_samples": run.experiment.evaluate.num_samples,
+        "seed": run.experiment.evaluate.seed,
+        **{key: "; ".join(one[key] for one in provenance) for key in provenance[0]},
         "checkpoint": given or entry.stage.directory(run.workdir).name,
+        "picture": f"evaluation/{entry.file(w)}.png",
     }
+
+
+def _told(run, yardsticks):
+    """What a summary says besides its rows."""
+    told = {
+        "noise_floor": yardsticks[0].noise_floor,
+        "noise_floors": {yardstick.network.name: yardstick.noise_floor for yardstick in yardsticks},
+        "evaluate": _settings(run.experiment.evaluate),
+        "environment": _environment(),
+    }
+    for yardstick in yardsticks:
+        if yardstick.test_accuracy is not None:
+            told["classifier_test_accuracy"] = yardstick.test_accuracy
+    return told
+
+
+def _settings(config):
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _earlier(run):
+    """The summary that is there, or {} where it was measured in another way or by a version that measured less."""
+    path = run.workdir / "summary.json"
+    if not path.exists():
+        return {}
+    try:
+        summary = json.loads(path.read_text())
+        theirs, ours = summary["evaluate"], _settings(run.experiment.evaluate)
+        whole = all(row.keys() >= {*_ROW_KEY, "metrics", "settings", "picture"} for row in summary["rows"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a summary of this program ({error}); delete it") from error
+    same = all(theirs.get(key) == ours[key] for key in ours if key not in _SURFACE)
+    return summary if same and whole else {}
 
 
 def _environment():
@@ -286,17 +249,22 @@ def _environment():
     }
 
 
-def _comparison(experiment, entries, shown):
+def _comparison(run, entries):
     """Per w, from the same noise: the reference, and for each N the teacher's own N steps above the student's."""
     few = sorted({entry.num_steps for entry in entries if not entry.reference}, reverse=True)
     order = {n: position for position, n in enumerate(few)}
     drawn = [entry for entry in entries if entry.is_teacher or entry.stage.series]
     drawn.sort(key=lambda entry: (not entry.reference, order.get(entry.num_steps, -1), not entry.is_teacher))
-    groups = [
-        (f"w = {w:g}", [(entry.label, shown[entry, w]) for entry in drawn if (entry, w) in shown])
-        for w in experiment.evaluate.w
-    ]
-    return pictures.comparison(groups, f"{experiment.data.name}: the same noise and label down each column")
+    config, directory = run.experiment.evaluate, _directory(run)
+    groups = []
+    for w in config.w:
+        rows = [
+            (entry.label, np.load(directory / f"{entry.file(w)}.npy", allow_pickle=False).astype(np.float32))
+            for entry in drawn
+            if w in entry.strengths(config)
+        ]
+        groups.append((f"w = {w:g}", rows))
+    return pictures.comparison(groups, f"{run.experiment.data.name}: the same noise and label down each column")
 
 
 def _steps(row):
@@ -308,21 +276,28 @@ def _steps(row):
 
 
 def _table(summary):
-    """The rows of a summary for the terminal."""
-    table = Table(title=f"frechet_classifier of real halves (noise floor): {summary['noise_floor']:.3g}")
-    for name in ("model", "steps", "w", "frechet", "score", "label", "to ref.", "ms/image"):
+    """The rows of a summary for the terminal, by the first of the networks."""
+    network, floor = summary["evaluate"]["features"][0], summary["noise_floor"]
+    frechet = name_of("frechet", network)
+    table = Table(title=frechet if floor is None else f"{frechet} of real halves (noise floor): {floor:.3g}")
+    for name in ("model", "steps", "w", "frechet", "score", "precision", "recall", "label", "to ref.", "ms/image"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for row in summary["rows"]:
         values = row["metrics"]
-        distance = values.get("distance_to_reference")
         table.add_row(
             row["stage"] if row["model"] == "student" or row["sampler"] == "deterministic" else row["sampler"],
             _steps(row),
             f"{row['w']:g}",
-            f"{values['frechet_classifier']:.2f}",
-            f"{values['score_classifier']:.2f}",
-            f"{100 * values['label_agreement']:.1f}%",
-            "-" if distance is None else f"{distance:.4f}",
+            f"{values[frechet]:.2f}",
+            f"{values[name_of('score', network)]:.2f}",
+            _or_dash(values.get(f"precision_{network}"), ".2f"),
+            _or_dash(values.get(f"recall_{network}"), ".2f"),
+            _or_dash(values.get("label_agreement"), ".1%"),
+            _or_dash(values.get("distance_to_reference"), ".4f"),
             f"{1000 * row['seconds_per_image']:.2f}",
         )
     return table
+
+
+def _or_dash(value, form):
+    return "-" if value is None else format(value, form)

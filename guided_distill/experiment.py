@@ -115,7 +115,9 @@ class RoundsConfig:
 class EvaluateConfig:
     """The surface that is measured: the models at each of `num_steps`, the reference teacher, over `w`.
 
-    `baselines` are further samplers of the teacher, besides the deterministic one.
+    `baselines` are further samplers of the teacher, besides the deterministic one. `features` are the networks that
+    measure: "classifier", trained on the data set itself, "efficientnet_lite0" and "inception_v3". `reference` is an
+    npz of --mode=reference, ADM or EDM to compare with; None: the statistics of the training split.
     """
 
     num_samples: int
@@ -124,6 +126,8 @@ class EvaluateConfig:
     num_steps: tuple[int, ...]
     classifier_updates: int
     baselines: tuple[str, ...] = ()
+    features: tuple[str, ...] = ("classifier",)
+    reference: str | None = None
     seed: int = 0
 
 
@@ -169,6 +173,7 @@ class Experiment:
 
 
 SERIES = ("det", "sto", "encode", "two", "tract")
+FEATURES = ("classifier", "efficientnet_lite0", "inception_v3")
 _PLANS = ("fixed", "auto")
 _FREE_KEYS = (
     "config.evaluate",
@@ -260,6 +265,9 @@ def _check(experiment):
     for name in experiment.evaluate.baselines:
         if name not in BASELINES:
             raise UserError(f"config.evaluate.baselines holds {name!r}; there are {', '.join(BASELINES)}")
+    for name in experiment.evaluate.features:
+        if name not in FEATURES:
+            raise UserError(f"config.evaluate.features holds {name!r}; there are {', '.join(FEATURES)}")
     if experiment.teacher.checkpoint and experiment.teacher.factory:
         raise UserError("config.teacher: checkpoint and factory both name a teacher; one is needed")
     if stage1.checkpoint and not (experiment.teacher.checkpoint or experiment.teacher.factory):
@@ -345,7 +353,7 @@ def _check_at_least(experiment):
             raise UserError(f"config.{key} is {value}; it must be at least {bound}")
     if experiment.teacher.num_times is not None and experiment.teacher.num_times < 1:
         raise UserError(f"config.teacher.num_times is {experiment.teacher.num_times}; it must be at least 1")
-    for name in ("w", "num_steps"):
+    for name in ("w", "num_steps", "features"):
         if not getattr(experiment.evaluate, name):
             raise UserError(f"config.evaluate.{name} is empty; name at least one value")
 

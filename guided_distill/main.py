@@ -9,7 +9,7 @@ from guided_distill.errors import UserError
 
 def _dispatch():
     # Imported here: a mistyped flag should not wait for JAX.
-    from guided_distill import pipeline, plan, prepare_data, transfer
+    from guided_distill import measure_files, pipeline, plan, prepare_data, transfer
     from guided_distill.experiment import from_config
 
     config = flag.CONFIG.value.to_dict()
@@ -19,6 +19,10 @@ def _dispatch():
         plan.dry_run(config)
     elif flag.MODE.value == "run":
         pipeline.run(config, workdir)
+    elif flag.MODE.value == "evaluate" and flag.SAMPLES.value is not None:
+        measure_files.measure_files(config, workdir, flag.SAMPLES.value)
+    elif flag.MODE.value == "reference":
+        measure_files.make_references(config, workdir)
     elif flag.MODE.value == "evaluate":
         pipeline.evaluate_run(config, workdir)
     elif flag.MODE.value == "prepare_data":

@@ -44,6 +44,16 @@ def image_grid(x, columns: int | None = None) -> np.ndarray:
     return picture
 
 
+def strip(x) -> np.ndarray:
+    """Samples side by side in one picture uint8[H',W',3]."""
+    tiles = _tiles(x)
+    height, width = tiles.shape[1:3]
+    picture = np.full((height, len(tiles) * (width + GAP) - GAP, 3), BACKGROUND, np.uint8)
+    for i, tile in enumerate(tiles):
+        picture[:, i * (width + GAP) : i * (width + GAP) + width] = tile
+    return picture
+
+
 def comparison(groups: list[tuple[str, list[tuple[str, np.ndarray]]]], title: str) -> np.ndarray:
     """Rows of images that share their columns' noise and label, in groups, as one picture uint8[H',W',3].
 
@@ -51,7 +61,7 @@ def comparison(groups: list[tuple[str, list[tuple[str, np.ndarray]]]], title: st
     """
     title_font, heading_font, font = (ImageFont.load_default(size) for size in (22, 17, 15))
     title = _drawable(title)
-    strips = [(_drawable(heading), [(_drawable(label), _strip(x)) for label, x in rows]) for heading, rows in groups]
+    strips = [(_drawable(heading), [(_drawable(label), strip(x)) for label, x in rows]) for heading, rows in groups]
     all_rows = [row for _, rows in strips for row in rows]
     left = MARGIN + max(math.ceil(font.getlength(label)) for label, _ in all_rows) + LABEL_GAP
     right = max(
@@ -69,10 +79,10 @@ def comparison(groups: list[tuple[str, list[tuple[str, np.ndarray]]]], title: st
         draw.line([(MARGIN, y + 6), (right, y + 6)], RULE)
         draw.text((MARGIN, y + 28), heading, INK, heading_font, anchor="lm")
         y += HEADING_HEIGHT
-        for label, strip in rows:
-            draw.text((left - LABEL_GAP, y + strip.shape[0] // 2), label, PALE_INK, font, anchor="rm")
-            picture.paste(Image.fromarray(strip), (left, y))
-            y += strip.shape[0] + GAP
+        for label, row in rows:
+            draw.text((left - LABEL_GAP, y + row.shape[0] // 2), label, PALE_INK, font, anchor="rm")
+            picture.paste(Image.fromarray(row), (left, y))
+            y += row.shape[0] + GAP
     return np.asarray(picture)
 
 
@@ -132,16 +142,6 @@ def _points(x) -> np.ndarray:
         down = POINTS_CELL - 1 - up
         draw.ellipse([across - 1, down - 1, across + 1, down + 1], LINES[0])
     return np.asarray(panel)
-
-
-def _strip(x) -> np.ndarray:
-    """The tiles side by side, uint8[H',W',3]."""
-    tiles = _tiles(x)
-    height, width = tiles.shape[1:3]
-    strip = np.full((height, len(tiles) * (width + GAP) - GAP, 3), BACKGROUND, np.uint8)
-    for i, tile in enumerate(tiles):
-        strip[:, i * (width + GAP) : i * (width + GAP) + width] = tile
-    return strip
 
 
 def _drawable(text: str) -> str:

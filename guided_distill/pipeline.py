@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from guided_distill import evaluate, metrics, pictures, rounds, sharding, train
+from guided_distill import diagnostics, evaluate, metrics, pictures, report, rounds, sharding, train
 from guided_distill.checkpoint import Checkpoints, mark_complete
 from guided_distill.generate import sample_images
 from guided_distill.progress import RunProgress
@@ -23,14 +23,37 @@ def run(config, workdir):
     this = open_run(config, workdir)
     rounds.check_plans(this)
     training = sum(stage.work_per_update * stage.training.updates for stage in this.stages)
-    with RunProgress(training + evaluate.work(this.experiment, this.stages), enabled=this.is_main) as progress:
+    with RunProgress(training + _work_of_judging(this), enabled=this.is_main) as progress:
         for stage in this.stages:
             if this.finished(stage):
                 progress.skip(stage.work_per_update * stage.training.updates)
                 progress.say(f"{stage.name}: already trained")
             else:
                 train_stage(this, stage, progress)
-        return evaluate.evaluate(this, progress)
+        return _judge(this, progress)
+
+
+def _judge(this, progress):
+    """Measures every model, says what each round lost, and makes the report of it all; returns the summary."""
+    summary = evaluate.evaluate(this, progress)
+    told = summary.setdefault("diagnostics", {})
+    for stage in diagnostics.looked_at(this.stages):
+        if not diagnostics.is_of(told.get(stage.name), this.experiment, stage):
+            told[stage.name] = diagnostics.diagnose(this, stage)
+            if this.is_main:
+                evaluate.write_summary(this, summary)
+        if "warning" in told[stage.name]:
+            progress.say(f"warning: {told[stage.name]['warning']}")
+        progress.advance(diagnostics.work(this.experiment, [stage]), f"looking at {stage.name}")
+    if this.is_main:
+        report.write_report(this.workdir)
+        report.write_tensorboard(this.workdir)
+        progress.say(f"{this.workdir / 'report.html'}: all of it, to look at")
+    return summary
+
+
+def _work_of_judging(this):
+    return evaluate.work(this.experiment, this.stages) + diagnostics.work(this.experiment, this.stages)
 
 
 def train_stage(this, stage, progress):
@@ -148,5 +171,5 @@ def evaluate_run(config, workdir):
     """Measures the models of a finished run again, with the config's `evaluate` section."""
     this = open_run(config, workdir, create=False)
     this.require_finished()
-    with RunProgress(evaluate.work(this.experiment, this.stages), enabled=this.is_main) as progress:
-        return evaluate.evaluate(this, progress)
+    with RunProgress(_work_of_judging(this), enabled=this.is_main) as progress:
+        return _judge(this, progress)

@@ -1,0 +1,185 @@
+"""What samples are measured with: a feature network, and the statistics of real images by it.
+
+Both are made once and kept: the classifier, which is trained on the data set itself, and the statistics lie in the
+directory that is given, and are made anew where they belong to other data or another network.
+"""
+
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from guided_distill.data import read_range, read_records
+from guided_distill.errors import UserError
+from guided_distill.evaluation import reference as references
+from guided_distill.evaluation.features import FeatureNetwork, classifier_network, compute, load_feature_network
+from guided_distill.evaluation.gaussians import gaussian_stats, merge_gaussians, noise_floor
+from guided_distill.evaluation.measure import measure
+from guided_distill.evaluation.reference import Reference
+from guided_distill.evaluation.samples import collect
+from guided_distill.files import write_whole
+from guided_distill.models import classifier
+
+_CLASSIFIER_IMAGES = 50_000
+_CHUNK = 5000  # images that are decoded at a time
+_BATCH = {"classifier": 512}
+_BATCH_OF_IMAGENET = 64
+_NEIGHBOURS = 10_000  # real images whose features are kept, for precision, recall and the kernel distance
+
+
+@dataclasses.dataclass(frozen=True)
+class Yardstick:
+    """A feature network, and what its features of the real images are like."""
+
+    network: FeatureNetwork
+    reference: Reference
+    noise_floor: float | None  # Fréchet distance of two halves of them; None for a reference of moments alone
+    test_accuracy: float | None = None  # of the classifier, on images that it was not trained on
+
+    @property
+    def provenance(self):
+        """What a figure depends on besides the samples."""
+        return {
+            "feature_network": self.network.name,
+            "weights_hash": self.network.weights_hash,
+            "resize": self.network.resize,
+            "reference": self.reference.source,
+            "reference_hash": self.reference.hash,
+        }
+
+
+def make_yardsticks(experiment, dataset, directory, mesh, say) -> list[Yardstick]:
+    """One for each of config.evaluate.features; `say` is told what takes long.
+
+    Raises UserError where the weights of a network are missing, or config.evaluate.reference is not of these images, or
+    of none of the networks.
+    """
+    config, given = experiment.evaluate, None
+    if config.reference is not None:
+        given = references.load(config.reference)
+        if given.network not in config.features:
+            raise UserError(
+                f"config.evaluate.reference: {config.reference} is of {given.network}, and config.evaluate.features "
+                f"names {', '.join(config.features)}"
+            )
+    found = []
+    for name in config.features:
+        network, accuracy = (
+            _own_classifier(experiment, dataset, directory, say)
+            if name == "classifier"
+            else (load_feature_network(name), None)
+        )
+        reference = given
+        if given is None or given.network != name:
+            reference = _own_reference(network, experiment.data, dataset, directory, mesh, say)
+        references.check(reference, **_of(network, experiment.data))
+        floor = None if reference.neighbours is None else noise_floor(reference.neighbours.features, seed=config.seed)
+        found.append(Yardstick(network, reference, floor, accuracy))
+    return found
+
+
+def features_of(network, x, mesh):
+    """(features f32[n,D], logits f32[n,K]) of samples f32[n,*S] in [-1, 1], on all devices of the mesh."""
+    size = _BATCH.get(network.name, _BATCH_OF_IMAGENET)
+    return compute(network, x, batch_size=-(-size // mesh.size) * mesh.size, mesh=mesh)
+
+
+def measure_by(yardsticks, parts, seed, what):
+    """What `measure` says by each of the yardsticks, as one; `parts` are the Samples of the batches for each.
+
+    Raises UserError, naming `what`, where there are images twice or not at all, or features that are not finite.
+    """
+    found = []
+    for yardstick, batches in zip(yardsticks, parts, strict=True):
+        try:
+            samples = collect(batches)
+        except ValueError as error:
+            raise UserError(f"{what}, by {yardstick.network.name}: {error}") from error
+        theirs = yardstick.network.labels_are_the_datas
+        found.append(measure(samples, yardstick.reference, labels_are_the_datas=theirs, seed=seed))
+    merged = {key: {} for key in ("metrics", "intervals", "settings")}
+    for one in reversed(found):  # of figures that several give, the first network's count
+        merged = {key: value | one[key] for key, value in merged.items()}
+    return merged | {"notes": [note for one in found for note in one["notes"]]}
+
+
+def _of(network, data):
+    resolution = "x".join(map(str, data.sample_shape))
+    return {
+        "network": network.name,
+        "weights_hash": network.weights_hash,
+        "resize": network.resize,
+        "resolution": resolution,
+    }
+
+
+def _own_reference(network, data, dataset, directory, mesh, say):
+    path = directory / f"reference_{network.name}.npz"
+    source = f"{data.name}/{data.train_split} ({len(dataset.train)} images)"
+    if path.exists():
+        kept = references.load(path)
+        if {key: getattr(kept, key) for key in _of(network, data)} == _of(network, data) and kept.source == source:
+            return kept
+    say(f"statistics of {source} by {network.name}")
+    made = _reference_of(network, dataset.train, mesh, source=source, **_of(network, data))
+    directory.mkdir(parents=True, exist_ok=True)
+    references.save(path, made)
+    return made
+
+
+def _reference_of(network, images, mesh, **texts):
+    """Streams the images through the network: moments of all of them, the features of some at even distances."""
+    count = len(images)
+    kept = np.linspace(0, count - 1, min(count, _NEIGHBOURS)).astype(int)
+    gaussian, rows = None, []
+    for start in range(0, count, _CHUNK):
+        stop = min(start + _CHUNK, count)
+        features, _ = features_of(network, read_range(images, start, stop)["x"], mesh)
+        part = gaussian_stats(features)
+        gaussian = part if gaussian is None else merge_gaussians(gaussian, part)
+        rows.append(features[kept[(kept >= start) & (kept < stop)] - start])
+    return references.make_reference(gaussian, np.concatenate(rows), **texts)
+
+
+def _own_classifier(experiment, dataset, directory, say):
+    """The classifier of the data set and its accuracy on the test split, trained where it is not there yet."""
+    config, path = experiment.evaluate, directory / "classifier.safetensors"
+    made_with = {
+        "data": dataclasses.asdict(dataclasses.replace(experiment.data, data_dir=None)),
+        "seed": config.seed,
+        "updates": config.classifier_updates,
+    }
+    key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()
+    if path.exists():
+        values, metadata = _read(path)
+        if metadata.get("key") == key:
+            return classifier_network(unflatten_dict(values, sep="/")), float(metadata["test_accuracy"])
+    say("training the classifier that measures")
+    params, accuracy = _train_classifier(config, dataset)
+    directory.mkdir(parents=True, exist_ok=True)
+    values = {name: np.asarray(value) for name, value in flatten_dict(params, sep="/").items()}
+    write_whole(path, safetensors.numpy.save(values, {"key": key, "test_accuracy": repr(accuracy)}))
+    return classifier_network(params), accuracy
+
+
+def _read(path):
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, and it is made again") from error
+
+
+def _train_classifier(config, dataset):
+    # An even share of a large set is enough to learn from; all of it is the reference.
+    number = min(len(dataset.train), _CLASSIFIER_IMAGES)
+    train = read_records(dataset.train, np.linspace(0, len(dataset.train) - 1, number).astype(int))
+    test = read_records(dataset.test, range(min(len(dataset.test), _CLASSIFIER_IMAGES)))
+    params = classifier.train_classifier(
+        train["x"], train["label"], dataset.num_classes, seed=config.seed, updates=config.classifier_updates
+    )
+    return params, classifier.accuracy(params, test["x"], test["label"])
