@@ -71,7 +71,8 @@ def evaluate(run, progress):
 
 
 def write_summary(run, summary):
-    """Writes summary.json, whole or not at all."""
+    """Writes summary.json, whole or not at all; a report of another one is out of date."""
+    (run.workdir / "report.html").unlink(missing_ok=True)
     write_whole(run.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 

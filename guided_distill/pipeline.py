@@ -45,7 +45,7 @@ def _judge(this, progress):
         if "warning" in told[stage.name]:
             progress.say(f"warning: {told[stage.name]['warning']}")
         progress.advance(diagnostics.work(this.experiment, [stage]), f"looking at {stage.name}")
-    if this.is_main:
+    if this.is_main and not (this.workdir / "report.html").exists():
         report.write_report(this.workdir)
         report.write_tensorboard(this.workdir)
         progress.say(f"{this.workdir / 'report.html'}: all of it, to look at")

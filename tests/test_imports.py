@@ -33,13 +33,12 @@ LEVEL = {
     "checkpoint": 4,
     "metrics": 4,
     "state": 4,
-    "evaluators": 4,
-    "evaluation": 5,
+    "evaluation": 4,
     "experiment": 5,
     "generate": 5,
     "prepare_data": 5,
     "train": 5,
-    "evaluate": 6,
+    "evaluate": 7,
     "report": 6,
     "surface": 6,
     "export": 6,
@@ -61,7 +60,6 @@ SIDE_BY_SIDE = 4
 IMPORTED_ONLY_BY = {
     "train": {"pipeline", "rounds"},
     "evaluate": {"pipeline"},
-    "evaluators": {"evaluate", "pipeline"},
 }
 MAX_FILE, MAX_FUNCTION = 400, 60
 
@@ -200,7 +198,6 @@ VIOLATIONS = [
     (wrong_way, {"diffusion": "from guided_distill.models import unet", "models/unet": ""}),
     (wrong_way, {"objectives/stage1": "def f():\n    from guided_distill.train import g", "train": ""}),
     (wrong_way, {"train": "from guided_distill.evaluate import evaluate", "evaluate": ""}),
-    (wrong_way, {"train": "from guided_distill import evaluators", "evaluators": ""}),
     (wrong_way, {"main": "from guided_distill import evaluate", "evaluate": ""}),
     (wrong_way, {"evaluate": "from guided_distill.train import f", "train": ""}),
     (without_place, {"helpers": ""}),

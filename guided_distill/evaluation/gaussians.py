@@ -1,0 +1,84 @@
+"""Gaussians of features: mergeable statistics in float64, and the Fréchet distance between two."""
+
+import dataclasses
+
+import numpy as np
+
+_BLOCK = 2048  # rows of features that are in float64 at once
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianStats:
+    """Count, mean f64[D] and scatter f64[D,D] (summed outer products of deviations from the mean) of features."""
+
+    count: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """Unbiased covariance f64[D,D]."""
+        return self.scatter / (self.count - 1)
+
+
+def gaussian_stats(features: np.ndarray) -> GaussianStats:
+    """Count, mean and scatter of [n,D] features of any precision; a block of rows at a time is held in float64."""
+    count, dim = features.shape
+    # Not a plain mean: NumPy adds the rows of float32 features in float32.
+    mean = features.sum(0, dtype=np.float64) / count
+    scatter = np.zeros((dim, dim))
+    for start in range(0, count, _BLOCK):
+        deviation = features[start : start + _BLOCK].astype(np.float64) - mean
+        scatter += deviation.T @ deviation
+    return GaussianStats(count, mean, scatter)
+
+
+def merge_gaussians(a: GaussianStats, b: GaussianStats) -> GaussianStats:
+    """The statistics of the union of two sets (Chan, Golub, LeVeque 1979, eq 2.1)."""
+    count = a.count + b.count
+    delta = b.mean - a.mean
+    mean = a.mean + delta * (b.count / count)
+    scatter = a.scatter + b.scatter + np.outer(delta, delta) * (a.count * b.count / count)
+    return GaussianStats(count, mean, scatter)
+
+
+def covariance_factor(stats: GaussianStats) -> np.ndarray:
+    """L f64[D,r] with L Lᵀ = covariance, where r is its numerical rank: at most D, and less than the count."""
+    values, vectors = np.linalg.eigh(stats.covariance)
+    dim = len(values)
+    # The root of an eigenvalue that is only rounding is 1e-8 of the largest: a thousand such would be seen.
+    kept = values > dim * np.finfo(np.float64).eps * values[-1]
+    kept[: max(dim - (stats.count - 1), 0)] = False
+    return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def frechet_distance(a: GaussianStats, b: GaussianStats) -> float:
+    """Squared 2-Wasserstein distance of the Gaussians with these moments (Dowson, Landau 1982; arXiv:1706.08500, eq 6).
+
+    |m_a − m_b|² + tr(C_a + C_b − 2 (C_a^½ C_b C_a^½)^½), where the trace of the last root is the sum of the singular
+    values of L_aᵀ L_b for any C = L Lᵀ: nothing is inverted, singular covariances do no harm. Raises ValueError for a
+    set of one.
+    """
+    if min(a.count, b.count) < 2:
+        raise ValueError(f"a Fréchet distance needs two samples in each set, not {a.count} and {b.count}")
+    trace_root = np.linalg.svd(covariance_factor(a).T @ covariance_factor(b), compute_uv=False).sum()
+    distance = np.sum((a.mean - b.mean) ** 2) + np.trace(a.covariance) + np.trace(b.covariance) - 2 * trace_root
+    return float(max(distance, 0.0))
+
+
+def noise_floor(features: np.ndarray, seed: int) -> float:
+    """Fréchet distance between two disjoint random halves of [n,D] features of real images."""
+    order = np.random.default_rng(seed).permutation(len(features))
+    half = len(features) // 2
+    return frechet_distance(gaussian_stats(features[order[:half]]), gaussian_stats(features[order[half : 2 * half]]))
+
+
+def too_few(count: int, dim: int) -> str | None:
+    """The warning that a covariance of `dim` features from so few samples is singular, in one line; None where it is
+    not."""
+    if count > dim:
+        return None
+    return (
+        f"{count} samples give {dim} features a covariance of rank {count - 1}: their Fréchet distance is far too "
+        f"high and compares only with others of as many samples; take more than {dim}"
+    )
