@@ -281,7 +281,7 @@ def _table(summary):
     network, floor = summary["evaluate"]["features"][0], summary["noise_floor"]
     frechet = name_of("frechet", network)
     table = Table(title=frechet if floor is None else f"{frechet} of real halves (noise floor): {floor:.3g}")
-    for name in ("model", "steps", "w", "frechet", "score", "precision", "recall", "label", "to ref.", "ms/image"):
+    for name in ("model", "steps", "w", "frechet", "score", "label", "to ref.", "ms/image"):
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for row in summary["rows"]:
         values = row["metrics"]
@@ -291,8 +291,6 @@ def _table(summary):
             f"{row['w']:g}",
             f"{values[frechet]:.2f}",
             f"{values[name_of('score', network)]:.2f}",
-            _or_dash(values.get(f"precision_{network}"), ".2f"),
-            _or_dash(values.get(f"recall_{network}"), ".2f"),
             _or_dash(values.get("label_agreement"), ".1%"),
             _or_dash(values.get("distance_to_reference"), ".4f"),
             f"{1000 * row['seconds_per_image']:.2f}",

@@ -10,6 +10,7 @@ from guided_distill import diffusion
 from guided_distill.checkpoint import CheckpointConfig
 from guided_distill.data import DataConfig
 from guided_distill.errors import UserError
+from guided_distill.evaluation.features import NETWORKS
 from guided_distill.models import BACKBONES
 from guided_distill.optim import OptimiserConfig
 from guided_distill.samplers import BASELINES
@@ -173,7 +174,7 @@ class Experiment:
 
 
 SERIES = ("det", "sto", "encode", "two", "tract")
-FEATURES = ("classifier", "efficientnet_lite0", "inception_v3")
+FEATURES = ("classifier", *NETWORKS)
 _PLANS = ("fixed", "auto")
 _FREE_KEYS = (
     "config.evaluate",

@@ -28,7 +28,7 @@ def finished(tmp_path_factory):
 
 
 def test_what_a_run_leaves(finished):
-    assert sorted(path.name for path in finished.iterdir() if path.is_dir()) == STAGES
+    assert sorted(path.name for path in finished.iterdir() if path.is_dir()) == [*STAGES, "evaluation"]
     for name in STAGES:
         stage = finished / name
         assert (
@@ -39,6 +39,7 @@ def test_what_a_run_leaves(finished):
         )
     assert json.loads((finished / "config.json").read_text())["stage1"]["w_max"] == 4.0
     assert (finished / "comparison.png").stat().st_size > 1000
+    assert "<html" in (finished / "report.html").read_text()
 
 
 def test_rows_of_the_summary(finished):
@@ -51,13 +52,22 @@ def test_rows_of_the_summary(finished):
     for row in summary["rows"]:
         values = row["metrics"]
         assert set(values) == {
-            "frechet_classifier", "score_classifier", "label_agreement", "diversity", "saturation",
-            "distance_to_reference",
+            "frechet_classifier", "score_classifier", "kid_classifier", "kid_classifier_std", "kid_classifier_se",
+            "precision_classifier", "recall_classifier", "density_classifier", "coverage_classifier",
+            "label_agreement", "diversity", "saturation", "distance_to_reference",
         }  # fmt: skip
+        low, high = row["intervals"]["frechet_classifier"]
+        assert low <= values["frechet_classifier"] <= high
+        assert len(row["weights_hash"]) == len(row["reference_hash"]) == 64 and row["seed"] == 0
+        assert row["feature_network"] == "classifier" and row["resize"] == "none"
+        assert row["reference"] == "digits/train (1500 images)"
+        assert (finished / row["picture"]).exists()
         assert np.isfinite(list(values.values())).all() and row["num_samples"] == 16 and row["seconds_per_image"] > 0
         # The reference is its own reference, up to the half precision it is kept in.
         is_reference = row["num_steps"] == 4
         assert (values["distance_to_reference"] < 1e-6) == is_reference
+    assert list(summary["diagnostics"]) == ["stage1", "stage2_det_0002", "stage2_det_0001"]
+    assert summary["noise_floors"] == {"classifier": summary["noise_floor"]}
     assert summary["noise_floor"] > 0 and 0 <= summary["classifier_test_accuracy"] <= 1
 
 

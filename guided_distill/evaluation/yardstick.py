@@ -125,13 +125,13 @@ def _own_reference(network, data, dataset, directory, mesh, say):
         if {key: getattr(kept, key) for key in _of(network, data)} == _of(network, data) and kept.source == source:
             return kept
     say(f"statistics of {source} by {network.name}")
-    made = _reference_of(network, dataset.train, mesh, source=source, **_of(network, data))
+    made = _reference_of(network, dataset.train, mesh, {"source": source, **_of(network, data)})
     directory.mkdir(parents=True, exist_ok=True)
     references.save(path, made)
     return made
 
 
-def _reference_of(network, images, mesh, **texts):
+def _reference_of(network, images, mesh, texts):
     """Streams the images through the network: moments of all of them, the features of some at even distances."""
     count = len(images)
     kept = np.linspace(0, count - 1, min(count, _NEIGHBOURS)).astype(int)
