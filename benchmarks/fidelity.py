@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import sys
 import types
-from unittest import mock
 
 
 class _Unused(types.ModuleType):
@@ -22,9 +21,20 @@ def metric(name):
     """
     package = types.ModuleType("torch_fidelity")
     package.__path__ = list(importlib.util.find_spec("torch_fidelity").submodule_search_locations)
-    names = {key for key in sys.modules if key.split(".")[0] == "torch_fidelity"}
-    with mock.patch.dict(sys.modules):
-        for key in names:
-            del sys.modules[key]
-        sys.modules |= {"torch_fidelity": package, "torch_fidelity.utils": _Unused("torch_fidelity.utils")}
+    before = _loaded()
+    _forget()
+    sys.modules |= {"torch_fidelity": package, "torch_fidelity.utils": _Unused("torch_fidelity.utils")}
+    try:
         return importlib.import_module(f"torch_fidelity.metric_{name}")
+    finally:
+        _forget()
+        sys.modules.update(before)
+
+
+def _loaded():
+    return {key: value for key, value in sys.modules.items() if key.split(".")[0] == "torch_fidelity"}
+
+
+def _forget():
+    for key in _loaded():
+        del sys.modules[key]
