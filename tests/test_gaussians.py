@@ -8,6 +8,7 @@ from guided_distill.evaluation.gaussians import (
     gaussian_stats,
     merge_gaussians,
     noise_floor,
+    nuclear_norm,
     too_few,
 )
 
@@ -134,3 +135,11 @@ def test_a_rank_below_the_dimension_is_said_in_one_line():
     assert too_few(2049, 2048) is None
     assert "10 samples" in too_few(10, 2048) and "rank 9:" in too_few(10, 2048) and "\n" not in too_few(10, 2048)
     assert too_few(2048, 2048) is not None
+
+
+@pytest.mark.parametrize("smallest", [1e-2, 1e-6, 1e-10, 0.0])
+@pytest.mark.parametrize("shape", [(20, 20), (20, 30), (30, 20)])
+def test_the_nuclear_norm_is_exact_also_where_singular_values_are_far_apart(smallest, shape):
+    values = np.linspace(1.0, smallest, 20) ** 3
+    left, right = (np.linalg.qr(RNG.normal(size=(n, 20)))[0] for n in shape)
+    assert nuclear_norm((left * values) @ right.T) == pytest.approx(values.sum(), rel=1e-12, abs=0)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from guided_distill.evaluation.gaussians import GaussianStats, covariance_factor
+from guided_distill.evaluation.gaussians import GaussianStats, covariance_factor, nuclear_norm
 
 FEWEST_SAMPLES = 10
 MOST_SAMPLES = 5000  # above, the interval is narrow, and its decompositions cost more than it says
@@ -71,13 +71,7 @@ def frechet_of_rows(features: np.ndarray, reference: GaussianStats) -> Callable[
         variance = (squares[rows].sum() - count * (mean @ mean)) / (count - 1)
         deviations = projected[rows]
         deviations -= deviations.mean(0)
-        trace_root = _nuclear_norm(deviations) / np.sqrt(count - 1)
+        trace_root = nuclear_norm(deviations) / np.sqrt(count - 1)
         return float(np.sum((mean + shift) ** 2) + variance + trace - 2 * trace_root)
 
     return distance
-
-
-def _nuclear_norm(matrix):
-    rows, columns = matrix.shape
-    gram = matrix @ matrix.T if rows < columns else matrix.T @ matrix
-    return np.sqrt(np.maximum(np.linalg.eigvalsh(gram), 0.0)).sum()
