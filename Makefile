@@ -10,7 +10,7 @@ INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(CONSTRA
 PARITY_TESTS := $(wildcard tests/parity/test_*.py)
 SLOW_TESTS := $(shell grep -ls 'mark\.slow' tests/test_*.py)
 
-.PHONY: help venv demo test test-slow test-all test-parity lint bench
+.PHONY: help venv browser demo test test-slow test-all test-parity lint bench
 .DEFAULT_GOAL := help
 
 help:
@@ -38,6 +38,11 @@ venv: .venv/installed
 	@$(INSTALL) -e '.[test,parity]'
 	@touch $@
 
+# What the slow tests of the report look through.
+browser:
+	@test -x /usr/bin/chromium -a -x /usr/bin/chromedriver || { \
+	  echo 'the slow tests need a browser: apt-get install chromium chromium-driver'; exit 1; }
+
 demo: venv
 	$(BIN)/python -m guided_distill.main --config=configs/digits.py --workdir=runs/digits
 
@@ -48,11 +53,11 @@ ifeq ($(SLOW_TESTS),)
 test-slow:
 	@echo 'no test is marked slow'
 else
-test-slow: venv
+test-slow: venv browser
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m slow $(SLOW_TESTS)
 endif
 
-test-all: test test-slow
+test-all: browser test test-slow
 
 ifeq ($(PARITY_TESTS),)
 test-parity:

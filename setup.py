@@ -16,6 +16,7 @@ CORE = [
     "flax>=0.12",
     "grain>=0.2.18",
     "jax>=0.10",
+    "jinja2>=3.1",
     "matplotlib>=3.10",
     "ml_collections>=1.1",
     "numpy>=2.3,<3",
@@ -37,7 +38,7 @@ EXTRAS = {
     "examples": EXAMPLES,
     # TFDS itself needs importlib_resources to download, and does not say so.
     "tfds": [f"tensorflow-cpu>=2.20; {ON_INTEL}", f"tensorflow>=2.20; {ELSEWHERE}", "importlib_resources"],
-    "test": ["packaging>=25", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.14", *EXAMPLES],
+    "test": ["packaging>=25", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.14", "selenium>=4.40", *EXAMPLES],
     # Exact, because the oracles compare numbers with it.
     "parity": ["torch==2.13.0"],
     "gpu": ["jax[cuda13]"],
@@ -51,6 +52,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["guided_distill", "guided_distill.*"]),
+    package_data={"guided_distill.report": ["*.css", "*.html", "*.js"]},
     python_requires=">=3.11",
     install_requires=CORE,
     extras_require=EXTRAS,
