@@ -55,7 +55,6 @@ def covariance_factor(stats: GaussianStats) -> np.ndarray:
     values, vectors = np.linalg.eigh(covariance)
     # The root of an eigenvalue that is only rounding is 1e-8 of the largest: a thousand such would be seen.
     kept = values > dim * np.finfo(np.float64).eps * values[-1]
-    kept[: max(dim - (stats.count - 1), 0)] = False
     return vectors[:, kept] * np.sqrt(values[kept])
 
 

@@ -31,7 +31,6 @@ def neighbourhood(features: np.ndarray, ks=(PRECISION_K, DENSITY_K)) -> Neighbou
     radii = {k: np.empty(len(features)) for k in ks}
     for rows in _blocks(features, len(features)):
         squares = _squared_distances(features[rows], features, centre)
-        squares[np.arange(len(squares)), np.arange(rows.start, rows.stop)] = 0.0
         squares.partition(sorted(ks), axis=1)  # the nearest of all is the point itself
         for k in ks:
             radii[k][rows] = np.sqrt(squares[:, k])
