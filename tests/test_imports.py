@@ -34,6 +34,8 @@ LEVEL = {
     "metrics": 4,
     "state": 4,
     "evaluators": 4,
+    "interop": 4,
+    "evaluation": 5,
     "experiment": 5,
     "generate": 5,
     "prepare_data": 5,
