@@ -35,7 +35,8 @@ venv: .venv/installed
 
 .venv/parity: .venv/installed
 	@echo 'Installing PyTorch into .venv'
-	@$(INSTALL) -e '.[test,parity]'
+	@$(INSTALL) -e '.[test,eval,parity]'
+	@$(INSTALL) --no-deps torch-fidelity
 	@touch $@
 
 # What the slow tests of the report look through.

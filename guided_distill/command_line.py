@@ -11,7 +11,7 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "An experiment: a file with get_config(); --config.key=value overrides."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<stem of the config> by default.")
-_MODES = ["run", "evaluate", "reference", "sample", "transfer", "prepare_data"]
+_MODES = ["run", "evaluate", "reference", "sample", "transfer", "prepare_data", "import"]
 MODE = flags.DEFINE_enum("mode", "run", _MODES, "What to do.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the stages, parameters and memory, and stop.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", 4, "sample: network evaluations per image.")
@@ -28,6 +28,8 @@ SAMPLES = flags.DEFINE_string(
 )
 NUM = flags.DEFINE_integer("num", 64, "sample: how many images.")
 SEED = flags.DEFINE_integer("seed", 0, "sample: image k depends on (seed, k), its label and w alone.")
+NETWORK = flags.DEFINE_string("network", None, "import: the feature network, efficientnet_lite0 or inception_v3.")
+SOURCE = flags.DEFINE_string("source", None, "import: its weights as published; those of an installed package else.")
 OUT = flags.DEFINE_string("out", "samples.png", "sample: grid.png, or samples.npz with arrays x, label, index.")
 
 
@@ -37,16 +39,21 @@ def parse(argv):
         rest = flags.FLAGS(argv)
         if rest[1:]:
             raise UserError(f"unknown argument {rest[1]!r}; see --help")
-        if CONFIG.value is None:
-            raise UserError("--config is missing: --config=configs/digits.py, for one")
-        filename = flags.FLAGS["config"].config_filename
-        if not pathlib.Path(filename.split(":")[0]).exists():
-            raise UserError(f"--config={filename}: no such file")
-        CONFIG.value.to_dict()  # a config that could not be loaded says so only when it is asked for its value
+        if MODE.value != "import":
+            _check_config()
     except (UserError, SystemExit):
         raise
     except Exception as error:
         raise UserError(_one_line(error, argv)) from error
+
+
+def _check_config():
+    if CONFIG.value is None:
+        raise UserError("--config is missing: --config=configs/digits.py, for one")
+    filename = flags.FLAGS["config"].config_filename
+    if not pathlib.Path(filename.split(":")[0]).exists():
+        raise UserError(f"--config={filename}: no such file")
+    CONFIG.value.to_dict()  # a config that could not be loaded says so only when it is asked for its value
 
 
 def _one_line(error, argv):

@@ -9,6 +9,11 @@ from guided_distill.errors import UserError
 
 def _dispatch():
     # Imported here: a mistyped flag should not wait for JAX.
+    if flag.MODE.value == "import":
+        from guided_distill.interop import feature_weights
+
+        feature_weights.import_weights(flag.NETWORK.value, flag.SOURCE.value)
+        return
     from guided_distill import measure_files, pipeline, plan, prepare_data, transfer
     from guided_distill.experiment import from_config
 

@@ -34,6 +34,7 @@ LEVEL = {
     "metrics": 4,
     "state": 4,
     "evaluation": 4,
+    "interop": 4,
     "experiment": 5,
     "generate": 5,
     "prepare_data": 5,

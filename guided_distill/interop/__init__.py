@@ -1,0 +1,1 @@
+"""Weights of other projects: their names for ours, and files converted once."""
