@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 
+from guided_distill.evaluation import kernel
 from guided_distill.evaluation.kernel import kernel_distance, squared_mmd
 
 RNG = np.random.default_rng(0)
@@ -51,6 +52,18 @@ def test_subsets_are_drawn_of_samples_and_reference_in_turn():
     assert found.mean == pytest.approx(np.mean(estimates), rel=1e-10)
     assert found.std == pytest.approx(np.std(estimates), rel=1e-10)
     assert found.standard_error == pytest.approx(np.std(estimates) / 2, rel=1e-10)
+
+
+@pytest.mark.parametrize("subsets", [2, 60])
+def test_small_sets_whose_pairs_are_in_many_subsets_are_measured_alike(subsets, monkeypatch):
+    monkeypatch.setattr(kernel, "_BLOCK", 16)
+    x, y = RNG.normal(size=(50, 3)).astype(np.float32), RNG.normal(size=(70, 3)).astype(np.float32) + 1
+    found = kernel_distance(x, y, subsets=subsets, subset_size=12, seed=1)
+    rng = np.random.RandomState(1)
+    drawn = [[z[rng.choice(len(z), 12, replace=False)].astype(np.float64) for z in (x, y)] for _ in range(subsets)]
+    estimates = [squared_mmd(*pair) for pair in drawn]
+    assert found.mean == pytest.approx(np.mean(estimates), rel=1e-9)
+    assert found.std == pytest.approx(np.std(estimates), rel=1e-9)
 
 
 def test_subsets_are_clipped_and_one_suffices_where_it_is_everything():

@@ -6,6 +6,7 @@ import math
 import numpy as np
 
 _SUBSETS, _SUBSET_SIZE, _SEED = 100, 1000, 2020
+_BLOCK = 1024  # rows whose kernel with all others is in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +38,49 @@ def kernel_distance(
     if size == len(samples) == len(reference):
         subsets = 1
     rng = np.random.RandomState(seed)
-    estimates = []
-    for _ in range(subsets):
-        x = samples[rng.choice(len(samples), size, replace=False)].astype(np.float64)
-        y = reference[rng.choice(len(reference), size, replace=False)].astype(np.float64)
-        estimates.append(squared_mmd(x, y))
+    drawn = [[rng.choice(len(a), size, replace=False) for a in (samples, reference)] for _ in range(subsets)]
+    of_samples, of_reference = (np.array(rows) for rows in zip(*drawn, strict=True))
+    if (len(samples) + len(reference)) ** 2 < subsets * (2 * size) ** 2:
+        estimates = _of_small_sets(samples, reference, of_samples, of_reference)
+    else:
+        estimates = [
+            squared_mmd(samples[x].astype(np.float64), reference[y].astype(np.float64))
+            for x, y in zip(of_samples, of_reference, strict=True)
+        ]
     return KernelDistance(float(np.mean(estimates)), float(np.std(estimates)), subsets)
+
+
+def _of_small_sets(samples, reference, of_samples, of_reference):
+    """The estimates of subsets of sets so small that pairs are in many of them: each pair's kernel is taken once.
+
+    `of_samples` and `of_reference` i64[subsets,size] are the rows of each subset.
+    """
+    x, y = samples.astype(np.float64), reference.astype(np.float64)
+    in_x, in_y = _membership(of_samples, len(x)), _membership(of_reference, len(y))
+    size = of_samples.shape[1]
+    xx, yy = (
+        (_pair_sums(z, z, within, within) - within.T @ _own_kernel(z)) / (size * (size - 1))
+        for z, within in ((x, in_x), (y, in_y))
+    )
+    return xx + yy - 2 * _pair_sums(x, y, in_x, in_y) / size**2
+
+
+def _membership(rows, count):
+    """f64[count,subsets]: 1 where a row is in a subset."""
+    within = np.zeros((count, len(rows)))
+    np.put_along_axis(within, rows.T, 1.0, axis=0)
+    return within
+
+
+def _pair_sums(x, y, in_x, in_y):
+    """For each subset the sum of the kernel over its pairs, a block of rows of x at a time."""
+    blocks = (slice(start, start + _BLOCK) for start in range(0, len(x), _BLOCK))
+    return sum(np.einsum("is,is->s", in_x[rows], _kernel(x[rows], y) @ in_y) for rows in blocks)
+
+
+def _own_kernel(x):
+    """k(x, x) of each row."""
+    return (np.square(x).mean(1) + 1.0) ** 3
 
 
 def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
@@ -51,7 +89,10 @@ def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _kernel(x, y):
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    values = x @ y.T
+    values /= x.shape[1]
+    values += 1.0
+    return values * values * values  # NumPy's ** takes ten times as long
 
 
 def _mean_of_pairs(x):

@@ -122,9 +122,8 @@ def lost(verdict, metric) -> float:
 
 
 def _compared(verdict):
-    """Metrics that say of each row alone how good it is: neither a difference to the other, nor one that may be < 0."""
     both = [name for name in verdict.reference.metrics if name in verdict.student.metrics]
-    return [name for name in both if words.direction(name) and not name.startswith(("kid", "distance"))]
+    return [name for name in both if words.has_share(name)]
 
 
 def _verdict(w, reference, student, metric, noise_floor):

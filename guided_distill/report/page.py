@@ -120,10 +120,11 @@ def _card(verdict, main, floor):
     """A w of the headline: every metric of the reference teacher beside the student's, and the change in words."""
     theirs, ours = verdict.reference.metrics, verdict.student.metrics
     lines = []
-    for name in [main, *(name for name in theirs if name in ours and name != main)]:
+    others = (name for name in theirs if name in ours and name != main and not words.is_spread(name))
+    for name in [main, *others]:
         sign = words.direction(name)
         change = verdict.change if name == main else -sign * headline.lost(verdict, name)
-        said = words.change(change, sign) if sign and not name.startswith("distance") else ""
+        said = words.change(change, sign) if words.has_share(name) else ""
         if name == main and max(theirs[name], ours[name]) <= (floor or 0.0):
             said = "within noise"
         lines.append((name, None if name.startswith("distance") else theirs[name], ours[name], said))

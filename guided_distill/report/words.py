@@ -41,9 +41,20 @@ def label(metric) -> str:
 
 def direction(metric) -> int:
     """1 where more of it is better, -1 where less is, 0 where neither or where it is not known."""
-    if re.search(r"_(std|se)$", metric):
+    if is_spread(metric):
         return 0
     return (_METRICS.get(metric) or _OF_A_NETWORK.get(metric.partition("_")[0]) or ("", 0))[1]
+
+
+def has_share(metric) -> bool:
+    """Whether a relative change of it says how much was lost: not of a difference to another row, nor of what may be
+    below zero."""
+    return bool(direction(metric)) and not metric.startswith(("kid", "distance"))
+
+
+def is_spread(metric) -> bool:
+    """Whether it says how far another one is to be trusted."""
+    return metric.endswith(("_std", "_se"))
 
 
 def number(value) -> str:
