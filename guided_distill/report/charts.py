@@ -7,7 +7,7 @@ import dataclasses
 import math
 
 WIDTH, HEIGHT = 360, 236
-LEFT, RIGHT, TOP, BOTTOM = 56, 16, 10, 40
+LEFT, RIGHT, TOP, BOTTOM = 68, 16, 10, 40
 STYLES = 7  # colours, markers and dashes that style.css tells apart
 _LABEL_SPACE = (30, 11)  # labels nearer than this to another are left out
 _WHOLE_DECADES = 3  # an axis longer than this has no ticks within its decades
