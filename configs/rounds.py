@@ -11,12 +11,13 @@ from configs import digits
 WAYS = {
     "fixed": {},
     "short": {"stage2.updates": 150, "stage2.final_updates": 150},
-    "fast": {"stage2.learning_rate": 1e-3},
-    "quarters": {
+    "quarters": {"stage2.num_steps": (8, 2, 1), "stage2.updates": 195, "stage2.final_updates": 195},
+    # A quarter of the batch and four times the updates.
+    "small_batches": {
         "stage2.num_steps": (8, 2, 1),
-        "stage2.updates": 195,
-        "stage2.final_updates": 195,
-        "stage2.learning_rate": 1e-3,
+        "stage2.batch_size": 16,
+        "stage2.updates": 780,
+        "stage2.final_updates": 780,
     },
     "tract": {"stage2.series": ("tract",), "stage2.num_steps": (1,), "stage2.final_updates": 750},
     "gate": {"rounds.gate_every": 50, "rounds.gate_least_fall": 0.1},

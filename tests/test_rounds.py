@@ -131,7 +131,7 @@ def test_a_planned_run_trains_what_its_plans_say_and_the_gate_holds_it_up(tmp_pa
         assert plan["updates"] == lines[-1]["step"] == json.loads((directory / "STAGE_COMPLETE").read_text())["step"]
         assert lines[0]["learning_rate"] == pytest.approx(plan["learning_rate"])
         assert plan["opening_gaps"].keys() == {"stage2_det_0002", "stage2_det_0001"}
-        assert set(map(float, plan["probes"])) == {1.5e-4, 3e-4}
+        assert set(map(float, plan["probes"])) == {5e-4, 1e-3}
 
 
 @pytest.mark.slow
