@@ -25,7 +25,7 @@ _SHOWN = 10  # samples in a row of the picture,
 _SHOWN_POINTS = 500  # or points in one of its panels
 _COMPARED = 5000  # samples whose distance to the reference teacher's is taken
 _ROW_KEY = ("stage", "sampler", "num_steps", "w")
-_SURFACE = ("w", "num_steps", "batch_size")  # of the settings: what adds rows and changes none
+_SURFACE = ("w", "num_steps")  # of the settings: what adds rows and changes none
 
 
 def evaluate(run, progress):
@@ -36,23 +36,25 @@ def evaluate(run, progress):
     """
     entries = make_entries(run.experiment, run.stages)
     keys = [entry.key(w) for entry in entries for w in entry.strengths(run.experiment.evaluate)]
+    yardsticks = make_yardsticks(run.experiment, run.dataset, _directory(run), run.mesh, progress.say)
+    provenance = _provenance(yardsticks)
     found = _earlier(run)
     rows = {
         tuple(row[key] for key in _ROW_KEY): row
         for row in found.get("rows", [])
-        if (run.workdir / row["picture"]).exists()
+        if (run.workdir / row["picture"]).exists() and row.items() >= provenance.items()
     }
-    if found.get("evaluate") == _settings(run.experiment.evaluate) and all(key in rows for key in keys):
+    whole = found.get("evaluate") == _settings(run.experiment.evaluate) and all(key in rows for key in keys)
+    if whole and (run.workdir / "comparison.png").exists():
         progress.skip(work(run.experiment, run.stages))
         progress.say_table(_table(found))
         return found
 
-    directory = _directory(run)
-    if run.is_main:
-        directory.mkdir(parents=True, exist_ok=True)
-        if not rows:
-            _clear(directory)
-    yardsticks = make_yardsticks(run.experiment, run.dataset, directory, run.mesh, progress.say)
+    if run.is_main and not rows:
+        # What was measured in another way goes with its summary: rows must not meet samples of other settings.
+        forget(run.workdir)
+    (run.workdir / "comparison.png").unlink(missing_ok=True)  # it is made when all rows are there
+    _directory(run).mkdir(parents=True, exist_ok=True)
     summary, said = {**found, **_told(run, yardsticks)}, set()
     for entry, w, row in _measured(run, entries, rows, yardsticks, progress):
         rows[entry.key(w)] = row
@@ -80,13 +82,9 @@ def forget(workdir):
     """Removes what an evaluation wrote of weights that are about to change."""
     for name in ("summary.json", "comparison.png", "report.html"):
         (workdir / name).unlink(missing_ok=True)
-    _clear(workdir / "evaluation")
-
-
-def _clear(directory):
-    """Removes samples; the classifier and the statistics of real images, which belong to the data, stay."""
+    # The classifier and the statistics of real images, which belong to the data, stay.
     for suffix in ("npy", "png"):
-        for path in directory.glob(f"*.{suffix}"):
+        for path in (workdir / "evaluation").glob(f"*.{suffix}"):
             path.unlink()
 
 
@@ -101,7 +99,9 @@ def _measured(run, entries, rows, yardsticks, progress):
     for entry in entries:
         for w in entry.strengths(config):
             row = rows.get(entry.key(w))
-            if row is None:
+            if row is not None:
+                progress.skip(config.num_samples * entry.calls)
+            else:
                 if loaded[0] is not entry.stage:
                     loaded = (entry.stage, run.params_of(entry.stage))
                 if (entry.stage.model, entry.sampler) not in warm:
@@ -109,9 +109,8 @@ def _measured(run, entries, rows, yardsticks, progress):
                     warm.add((entry.stage.model, entry.sampler))
                     progress.begin()
                 asked = _reference_images(run, reference, w) if entry.keeps_the_map and entry != reference else None
-                row = _measure_row(run, entry, loaded[1], w, yardsticks, asked)
+                row = _measure_row(run, entry, loaded[1], w, yardsticks, asked, progress)
             yield entry, w, row
-            progress.advance(config.num_samples * entry.calls, f"evaluating {entry.label}", f"w {w:g}")
 
 
 def _drawn(run, entry, params, w, *, num, num_steps):
@@ -145,7 +144,7 @@ def _reference_images(run, reference, w):
     return np.load(path, allow_pickle=False)
 
 
-def _measure_row(run, entry, params, w, yardsticks, asked):
+def _measure_row(run, entry, params, w, yardsticks, asked, progress):
     """Draws the samples of one row, measures them, keeps what the pictures show; returns the row."""
     config, bound = run.experiment.evaluate, entry.stage.model.data_range
     kept, seconds, distances = [], [], []
@@ -159,6 +158,7 @@ def _measure_row(run, entry, params, w, yardsticks, asked):
         kept.append(x[near] if entry.reference else x[index < _num_shown(run)])
         if asked is not None and near.any():
             distances.append(pixels.distance(x[near], asked[index[near]]))
+        progress.advance(len(index) * entry.calls, f"evaluating {entry.label}", f"w {w:g}")
     kept = np.concatenate(kept)
     if entry.reference:
         _save_images(_directory(run) / f"{entry.file(w)}.images.npy", kept)
@@ -190,7 +190,6 @@ def _save_images(path, x):
 
 def _row(run, entry, w, seconds, measured, yardsticks):
     given = run.given(entry.stage)
-    provenance = [yardstick.provenance for yardstick in yardsticks]
     return {
         "stage": entry.stage.name,
         "model": "teacher" if entry.is_teacher else "student",
@@ -202,17 +201,23 @@ def _row(run, entry, w, seconds, measured, yardsticks):
         **measured,
         "num_samples": run.experiment.evaluate.num_samples,
         "seed": run.experiment.evaluate.seed,
-        **{key: "; ".join(one[key] for one in provenance) for key in provenance[0]},
+        **_provenance(yardsticks),
         "checkpoint": given or entry.stage.directory(run.workdir).name,
         "picture": f"evaluation/{entry.file(w)}.png",
     }
 
 
+def _provenance(yardsticks):
+    """What a row's figures depend on besides its samples: of several networks, one behind the other."""
+    each = [yardstick.provenance for yardstick in yardsticks]
+    return {key: "; ".join(one[key] for one in each) for key in each[0]}
+
+
 def _told(run, yardsticks):
     """What a summary says besides its rows."""
     told = {
-        "noise_floor": yardsticks[0].noise_floor,
-        "noise_floors": {yardstick.network.name: yardstick.noise_floor for yardstick in yardsticks},
+        "noise_floor": yardsticks[0].reference.noise_floor,
+        "noise_floors": {yardstick.network.name: yardstick.reference.noise_floor for yardstick in yardsticks},
         "evaluate": _settings(run.experiment.evaluate),
         "environment": _environment(),
     }

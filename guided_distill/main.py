@@ -20,6 +20,8 @@ def _dispatch():
     config = flag.CONFIG.value.to_dict()
     workdir = flag.WORKDIR.value or flag.default_workdir()
     experiment = from_config(config)
+    if flag.SAMPLES.value is not None and flag.MODE.value != "evaluate":
+        raise UserError("--samples names what --mode=evaluate measures; give that mode, or drop it")
     if flag.DRY_RUN.value:
         plan.dry_run(config)
     elif flag.MODE.value == "run":

@@ -5,7 +5,6 @@ import json
 import sys
 
 import numpy as np
-from etils import epath
 
 from guided_distill import sharding
 from guided_distill.data import load_dataset, read_range
@@ -35,17 +34,20 @@ def measure_files(config, workdir, samples):
     if tuple(found.shape) != tuple(experiment.data.sample_shape):
         raise UserError(
             f"--samples={samples}: {_times(found.shape)}, and the images of {experiment.data.name} are "
-            f"{_times(experiment.data.sample_shape)}; resize them, or name the config of their data set"
+            f"{_times(experiment.data.sample_shape)}; save them in that shape, or name the config of their data set"
         )
+    out = _beside(samples, absolute(workdir))
     yardsticks = make_yardsticks(experiment, dataset, absolute(workdir) / "evaluation", mesh, _say)
     row = _measure(found, yardsticks, experiment, mesh, samples)
     row |= {"samples": samples, "num_samples": len(found), "seed": experiment.evaluate.seed}
-    row["noise_floors"] = {yardstick.network.name: yardstick.noise_floor for yardstick in yardsticks}
+    row["noise_floors"] = {yardstick.network.name: yardstick.reference.noise_floor for yardstick in yardsticks}
     for name, value in row["metrics"].items():
         low_high = row["intervals"].get(name)
         print(f"{name:36s} {value:.6g}" + (f"  [{low_high[0]:.4g}, {low_high[1]:.4g}]" if low_high else ""))
-    out = epath.Path(f"{samples.replace(_SPLIT, f'{absolute(workdir)}/').rstrip('/')}.metrics.json")
-    write_whole(out, json.dumps(row, indent=1) + "\n")
+    try:
+        write_whole(out, json.dumps(row, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}") from error
     for line in [*row["notes"], f"{out}: these figures, and what they depend on"]:
         _say(line)
     return row
@@ -64,6 +66,15 @@ def make_references(config, workdir):
         path = directory / f"reference_{yardstick.network.name}.npz"
         made = references.load(path)
         _say(f"{path}: {made.source} by {made.network}, {made.resolution}, SHA-256 {made.hash[:12]}")
+
+
+def _beside(samples, workdir):
+    """Where the figures of samples go: beside them, those of a split into the workdir."""
+    if not samples.startswith(_SPLIT):
+        path = absolute(samples)
+        return path.parent / f"{path.name}.metrics.json"
+    workdir.mkdir(parents=True, exist_ok=True)
+    return workdir / f"{samples.removeprefix(_SPLIT)}.metrics.json"
 
 
 class _Split:

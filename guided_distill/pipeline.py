@@ -46,8 +46,8 @@ def _judge(this, progress):
             progress.say(f"warning: {told[stage.name]['warning']}")
         progress.advance(diagnostics.work(this.experiment, [stage]), f"looking at {stage.name}")
     if this.is_main and not (this.workdir / "report.html").exists():
-        report.write_report(this.workdir)
         report.write_tensorboard(this.workdir)
+        report.write_report(this.workdir)  # last: it is what says that both are there
         progress.say(f"{this.workdir / 'report.html'}: all of it, to look at")
     return summary
 

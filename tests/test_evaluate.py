@@ -84,6 +84,43 @@ def test_further_rows_are_drawn_and_no_others(run_of, drawn):
     assert report.count("w = 2") > 0
 
 
+def test_an_evaluation_of_other_settings_that_was_killed_leaves_nothing_behind(run_of, monkeypatch):
+    before = read_rows(run_of)
+    measure_by, done = evaluate.measure_by, []
+
+    def killed(*args):
+        done.append(args)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return measure_by(*args)
+
+    monkeypatch.setattr(evaluate, "measure_by", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.evaluate_run(config(**{"evaluate.num_samples": 8}), run_of)
+    monkeypatch.setattr(evaluate, "measure_by", measure_by)
+    pipeline.evaluate_run(config(), run_of)
+    for row, expected in zip(read_rows(run_of), before, strict=True):
+        assert row["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)
+
+
+def test_rows_of_another_classifier_are_measured_anew(run_of, drawn):
+    other = config(**{"evaluate.classifier_updates": 6})
+    summary = json.loads((run_of / "summary.json").read_text())
+    measure_files.make_references(other, run_of)
+    summary["evaluate"]["classifier_updates"] = 6  # as if only the weights behind the figures had changed
+    (run_of / "summary.json").write_text(json.dumps(summary))
+    pipeline.evaluate_run(other, run_of)
+    assert len(drawn) == len(read_rows(run_of)) == len(summary["rows"])
+
+
+def test_a_picture_that_is_missing_is_made_again_without_drawing(run_of, drawn):
+    before = read_rows(run_of)
+    (run_of / "comparison.png").unlink()
+    pipeline.evaluate_run(config(), run_of)
+    assert (run_of / "comparison.png").exists() and (run_of / "report.html").exists()
+    assert drawn == [] and read_rows(run_of) == before
+
+
 def test_another_number_of_samples_measures_all_anew(run_of, drawn):
     pipeline.evaluate_run(config(**{"evaluate.num_samples": 24}), run_of)
     assert {row["num_samples"] for row in read_rows(run_of)} == {24} and len(drawn) == len(read_rows(run_of))
@@ -149,10 +186,12 @@ def test_the_training_data_are_at_no_distance_from_themselves(run_of):
         ("data:validation", "there are data:train and data:test"),
         ("{tmp}/none", "no such folder"),
         ("{tmp}/small.npz", "4x4x1, and the images of digits are 8x8x1"),
+        ("{tmp}/one.npz", "by classifier: a Fréchet distance needs two samples"),
     ],
 )
 def test_samples_that_cannot_be_measured(run_of, tmp_path, samples, says):
     np.savez(tmp_path / "small.npz", x=np.zeros((9, 4, 4, 1), np.uint8))
+    np.savez(tmp_path / "one.npz", x=np.zeros((1, 8, 8, 1), np.uint8))
     with pytest.raises(UserError, match=says):
         measure_files.measure_files(config(), run_of, samples.format(tmp=tmp_path))
 

@@ -43,6 +43,8 @@ def test_floats_are_taken_as_they_are_and_folders_named_by_numbers_are_classes(t
     np.testing.assert_array_equal(read_all(tmp_path / "s.npz", 2)[1], x)
     save_pictures(tmp_path / "p", ["0/a.png", "0/b.png", "3/a.png"])
     np.testing.assert_array_equal(read_all(tmp_path / "p", 2)[2], [0, 0, 3])
+    save_pictures(tmp_path / "7", ["a.png", "b.png"])
+    assert read_all(tmp_path / "7", 2)[2] is None
 
 
 def _empty(path):
@@ -69,6 +71,11 @@ def _two_shapes(path):
     Image.fromarray(IMAGES[0, :3]).save(path / "b.png")
 
 
+def _of_mode(path, mode):
+    path.mkdir()
+    Image.new(mode, (4, 4)).save(path / "a.png")
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -78,12 +85,19 @@ def _two_shapes(path):
         (_torn, "b.png cannot be read"),
         (_no_picture_inside, "a.png cannot be read"),
         (_two_shapes, "b.png is"),
+        (lambda path: _of_mode(path, "I;16"), "a.png is of mode I;16"),
+        (lambda path: _of_mode(path, "RGBA"), "a.png is of mode RGBA"),
     ],
 )
 def test_a_folder_that_is_wrong_is_named(tmp_path, make, says):
     make(tmp_path / "p")
     with pytest.raises(UserError, match=says):
         read_all(tmp_path / "p", 4)
+
+
+def _array_alone(path):
+    np.save(path.with_suffix(".npy"), IMAGES)
+    path.with_suffix(".npy").rename(path)
 
 
 def _write(content):
@@ -97,10 +111,15 @@ def _write(content):
         (lambda path: np.savez(path, y=IMAGES), "x or arr_0 is needed"),
         (lambda path: np.savez(path, x=IMAGES[0]), r"\[N, H, W, C\]"),
         (lambda path: np.savez(path, x=IMAGES[:0]), r"\[N, H, W, C\]"),
-        (lambda path: np.savez(path, x=IMAGES, label=LABELS[:3]), "labels of shape"),
+        (lambda path: np.savez(path, x=IMAGES, label=LABELS[:3]), "labels int64 of shape"),
         (lambda path: np.savez(path, x=IMAGES.astype(np.float32)), "save uint8"),
         (lambda path: np.savez(path, x=np.full((2, 3, 3, 1), np.nan)), "save uint8"),
         (lambda path: np.savez(path, x=np.array([{"a": 1}], object)), "cannot be read"),
+        (lambda path: np.savez(path, x=IMAGES / np.float32(255)), r"lies in \[0, 1\], and floats are taken as of"),
+        (lambda path: np.savez(path, x=IMAGES, label=LABELS.astype(str)), "labels <U"),
+        (lambda path: np.savez(path, x=IMAGES.astype(str)), "not all numbers"),
+        (_write(b""), "cannot be read"),
+        (_array_alone, "cannot be read"),
     ],
 )
 def test_an_npz_that_is_wrong_is_named(tmp_path, write, says):

@@ -42,6 +42,7 @@ def test_statistics_made_in_pieces_are_those_made_at_once(classifier, dataset, m
     pieces = yardstick._reference_of(classifier.network, dataset.train, MESH, texts)
     whole = classifier.reference
     assert pieces.num_images == whole.num_images == 1500
+    assert pieces.noise_floor == pytest.approx(whole.noise_floor, rel=1e-6) and 0 < whole.noise_floor < 30
     np.testing.assert_allclose(pieces.gaussian.scatter, whole.gaussian.scatter, rtol=1e-9, atol=1e-6)
     kept = np.linspace(0, 1499, 100).astype(int)
     np.testing.assert_allclose(pieces.neighbours.features, whole.neighbours.features[kept], rtol=1e-4, atol=1e-5)

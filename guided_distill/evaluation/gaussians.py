@@ -85,13 +85,6 @@ def nuclear_norm(matrix: np.ndarray) -> float:
     return float(np.linalg.svd(matrix, compute_uv=False).sum())
 
 
-def noise_floor(features: np.ndarray, seed: int) -> float:
-    """Fréchet distance between two disjoint random halves of [n,D] features of real images."""
-    order = np.random.default_rng(seed).permutation(len(features))
-    half = len(features) // 2
-    return frechet_distance(gaussian_stats(features[order[:half]]), gaussian_stats(features[order[half : 2 * half]]))
-
-
 def too_few(count: int, dim: int) -> str | None:
     """The warning that a covariance of `dim` features from so few samples is singular, in one line; None where it is
     not."""

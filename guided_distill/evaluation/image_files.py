@@ -1,6 +1,7 @@
 """Samples that lie on disk, of any program: a folder of pictures or an npz, as batches of images."""
 
 import zipfile
+import zlib
 
 import numpy as np
 from etils import epath
@@ -9,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from guided_distill.errors import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_MODES = ("1", "L", "P", "RGB", "YCbCr")
 _IMAGES, _LABELS = ("x", "arr_0", "samples", "images"), ("label", "arr_1", "labels")  # ours first, then ADM's
 
 
@@ -36,16 +38,35 @@ class _Arrays:
                 label_key = next((name for name in _LABELS if name in names), None)
                 self.images = None if image_key is None else arrays[image_key]
                 self.labels = None if label_key is None else arrays[label_key]
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"--samples={path} cannot be read as an npz of arrays ({error})") from error
         if self.images is None:
             raise UserError(f"--samples={path} holds {', '.join(names) or 'nothing'}; x or arr_0 is needed")
         if self.images.ndim != 4 or not len(self.images):
             raise UserError(f"--samples={path}: {image_key} is {self.images.shape}; images are [N, H, W, C]")
-        if self.labels is not None and self.labels.shape != self.images.shape[:1]:
-            raise UserError(f"--samples={path}: {len(self.images)} images and labels of shape {self.labels.shape}")
-        if self.images.dtype != np.uint8 and not np.abs(self.images).max() <= 1.5:
-            raise UserError(f"--samples={path}: {image_key} is {self.images.dtype} beyond [-1, 1]; save uint8 instead")
+        self._check_labels(path)
+        self._check_values(path, image_key)
+
+    def _check_labels(self, path):
+        labels = self.labels
+        if labels is not None and (labels.shape != self.images.shape[:1] or labels.dtype.kind not in "iu"):
+            raise UserError(
+                f"--samples={path}: {len(self.images)} images and labels {labels.dtype} of shape {labels.shape}; one "
+                "whole number for each image is needed"
+            )
+
+    def _check_values(self, path, image_key):
+        images = self.images
+        if images.dtype == np.uint8:
+            return
+        if images.dtype.kind != "f" or not np.isfinite(images).all():
+            raise UserError(f"--samples={path}: {image_key} is {images.dtype}, not all numbers; save uint8 instead")
+        low, high = images.min(), images.max()
+        if low < -1.5 or high > 1.5 or low >= 0.0:
+            raise UserError(
+                f"--samples={path}: {image_key} lies in [{low:.3g}, {high:.3g}], and floats are taken as of [-1, 1]; "
+                "save uint8 instead"
+            )
 
     def __len__(self):
         return len(self.images)
@@ -68,8 +89,9 @@ class _Folder:
         if not self._files:
             raise UserError(f"--samples={path} holds no picture ({', '.join(SUFFIXES)})")
         self.shape = _read(self._files[0]).shape
-        folders = [f.parent.name for f in self._files]
-        self.labels = np.array(list(map(int, folders)), np.int32) if all(map(str.isdecimal, folders)) else None
+        folders = ["" if f.parent == path else f.parent.name for f in self._files]
+        classes = all(name.isdecimal() and len(name) < 7 for name in folders)
+        self.labels = np.array(list(map(int, folders)), np.int32) if classes else None
 
     def __len__(self):
         return len(self._files)
@@ -87,6 +109,8 @@ class _Folder:
 def _read(file):
     try:
         with file.open("rb") as stream, Image.open(stream) as image:
+            if image.mode not in _MODES or "transparency" in image.info:
+                raise UserError(f"{file} is of mode {image.mode}; save it as 8-bit grey or RGB, without transparency")
             grey = image.mode in ("1", "L")
             return np.asarray(image.convert("L" if grey else "RGB")).reshape(*image.size[::-1], 1 if grey else 3)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:

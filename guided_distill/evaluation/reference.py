@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import io
 import zipfile
+import zlib
 
 import numpy as np
 from etils import epath
@@ -34,9 +35,12 @@ class Reference:
     num_images: int | None  # None where a published file does not say
     gaussian: GaussianStats
     neighbours: Neighbourhood | None  # of the images that kernel distance, precision, … are measured with
+    noise_floor: float | None = None  # Fréchet distance of two halves of the images; None where it is not known
 
 
-def make_reference(gaussian, features, *, network, weights_hash, resize, resolution, source) -> Reference:
+def make_reference(
+    gaussian, features, *, network, weights_hash, resize, resolution, source, noise_floor=None
+) -> Reference:
     """The statistics of real images: moments of all of them, and features [m,D] of all or some, at even distances.
 
     Raises ValueError of fewer than 6 features.
@@ -51,6 +55,7 @@ def make_reference(gaussian, features, *, network, weights_hash, resize, resolut
         num_images=gaussian.count,
         gaussian=gaussian,
         neighbours=neighbourhood(np.ascontiguousarray(features)),
+        noise_floor=noise_floor,
     )
     return dataclasses.replace(reference, hash=_content_hash(reference))
 
@@ -81,7 +86,7 @@ def load(path: epath.PathLike) -> Reference:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return _own(arrays) if "network" in arrays else _published(arrays, file, path.name)
     # np.load takes any other file for a pickle, and an .npy for an array.
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f"{path} is no reference ({error}): name an npz of --mode=reference, or of ADM or EDM with mu and sigma"
         ) from error
@@ -94,11 +99,14 @@ def _own(arrays):
         num_images=int(arrays["count"]),
         gaussian=GaussianStats(int(arrays["count"]), arrays["mean"], arrays["scatter"]),
         neighbours=neighbours,
+        noise_floor=None if np.isnan(arrays["noise_floor"]) else float(arrays["noise_floor"]),
     )
 
 
 def _published(arrays, file, name):
     mean, covariance = (np.asarray(arrays[key], np.float64) for key in ("mu", "sigma"))
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError("mu or sigma is not finite")
     if mean.shape != (_PUBLISHED_DIM,) or covariance.shape != (_PUBLISHED_DIM, _PUBLISHED_DIM):
         raise ValueError(f"mu {mean.shape} and sigma {covariance.shape} are not of {_PUBLISHED_DIM} features")
     # Any count above the dimension means a covariance that is taken as it is.
@@ -140,6 +148,7 @@ def _arrays(reference):
         "count": np.asarray(gaussian.count),
         "mean": gaussian.mean,
         "scatter": gaussian.scatter,
+        "noise_floor": np.asarray(np.nan if reference.noise_floor is None else reference.noise_floor),
         "features": reference.neighbours.features,
         **radii,
     }

@@ -17,7 +17,7 @@ from guided_distill.data import read_range, read_records
 from guided_distill.errors import UserError
 from guided_distill.evaluation import reference as references
 from guided_distill.evaluation.features import FeatureNetwork, classifier_network, compute, load_feature_network
-from guided_distill.evaluation.gaussians import gaussian_stats, merge_gaussians, noise_floor
+from guided_distill.evaluation.gaussians import frechet_distance, gaussian_stats, merge_gaussians
 from guided_distill.evaluation.measure import measure
 from guided_distill.evaluation.reference import Reference
 from guided_distill.evaluation.samples import collect
@@ -37,7 +37,6 @@ class Yardstick:
 
     network: FeatureNetwork
     reference: Reference
-    noise_floor: float | None  # Fréchet distance of two halves of them; None for a reference of moments alone
     test_accuracy: float | None = None  # of the classifier, on images that it was not trained on
 
     @property
@@ -77,8 +76,7 @@ def make_yardsticks(experiment, dataset, directory, mesh, say) -> list[Yardstick
         if given is None or given.network != name:
             reference = _own_reference(network, experiment.data, dataset, directory, mesh, say)
         references.check(reference, **_of(network, experiment.data))
-        floor = None if reference.neighbours is None else noise_floor(reference.neighbours.features, seed=config.seed)
-        found.append(Yardstick(network, reference, floor, accuracy))
+        found.append(Yardstick(network, reference, accuracy))
     return found
 
 
@@ -93,18 +91,23 @@ def measure_by(yardsticks, parts, seed, what):
 
     Raises UserError, naming `what`, where there are images twice or not at all, or features that are not finite.
     """
-    found = []
+    found = {}
     for yardstick, batches in zip(yardsticks, parts, strict=True):
+        name, theirs = yardstick.network.name, yardstick.network.labels_are_the_datas
         try:
             samples = collect(batches)
+            found[name] = measure(samples, yardstick.reference, labels_are_the_datas=theirs, seed=seed)
         except ValueError as error:
-            raise UserError(f"{what}, by {yardstick.network.name}: {error}") from error
-        theirs = yardstick.network.labels_are_the_datas
-        found.append(measure(samples, yardstick.reference, labels_are_the_datas=theirs, seed=seed))
-    merged = {key: {} for key in ("metrics", "intervals", "settings")}
-    for one in reversed(found):  # of figures that several give, the first network's count
-        merged = {key: value | one[key] for key, value in merged.items()}
-    return merged | {"notes": [note for one in found for note in one["notes"]]}
+            raise UserError(f"{what}, by {name}: {error}") from error
+    merged = {"metrics": {}, "intervals": {}}
+    for one in found.values():
+        for key, values in merged.items():
+            for name, value in one[key].items():
+                values.setdefault(name, value)  # of figures that several give, the first network's count
+    return merged | {
+        "settings": {name: one["settings"] for name, one in found.items()},
+        "notes": [note for one in found.values() for note in one["notes"]],
+    }
 
 
 def _of(network, data):
@@ -135,14 +138,22 @@ def _reference_of(network, images, mesh, texts):
     """Streams the images through the network: moments of all of them, the features of some at even distances."""
     count = len(images)
     kept = np.linspace(0, count - 1, min(count, _NEIGHBOURS)).astype(int)
-    gaussian, rows = None, []
+    half = np.random.default_rng(0).permutation(count) % 2  # that an image is in, for the noise floor
+    halves, rows = [None, None], []
     for start in range(0, count, _CHUNK):
         stop = min(start + _CHUNK, count)
         features, _ = features_of(network, read_range(images, start, stop)["x"], mesh)
-        part = gaussian_stats(features)
-        gaussian = part if gaussian is None else merge_gaussians(gaussian, part)
+        for k in (0, 1):
+            own = features[half[start:stop] == k]
+            if len(own):
+                part = gaussian_stats(own)
+                halves[k] = part if halves[k] is None else merge_gaussians(halves[k], part)
         rows.append(features[kept[(kept >= start) & (kept < stop)] - start])
-    return references.make_reference(gaussian, np.concatenate(rows), **texts)
+    try:
+        floor = frechet_distance(*halves)
+        return references.make_reference(merge_gaussians(*halves), np.concatenate(rows), noise_floor=floor, **texts)
+    except (AttributeError, ValueError) as error:
+        raise UserError(f"{texts['source']}: too few for statistics ({error}); take more than 5") from error
 
 
 def _own_classifier(experiment, dataset, directory, say):
@@ -179,7 +190,10 @@ def _train_classifier(config, dataset):
     number = min(len(dataset.train), _CLASSIFIER_IMAGES)
     train = read_records(dataset.train, np.linspace(0, len(dataset.train) - 1, number).astype(int))
     test = read_records(dataset.test, range(min(len(dataset.test), _CLASSIFIER_IMAGES)))
-    params = classifier.train_classifier(
-        train["x"], train["label"], dataset.num_classes, seed=config.seed, updates=config.classifier_updates
-    )
+    try:
+        params = classifier.train_classifier(
+            train["x"], train["label"], dataset.num_classes, seed=config.seed, updates=config.classifier_updates
+        )
+    except ValueError as error:
+        raise UserError(f"the classifier that measures cannot be trained on {dataset.name}: {error}") from error
     return params, classifier.accuracy(params, test["x"], test["label"])

@@ -154,4 +154,3 @@ def _known(found, name):
 
 def _further(change):
     return words.percent(change).lstrip("+")
-

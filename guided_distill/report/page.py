@@ -31,8 +31,10 @@ def render(workdir, summary) -> str:
     """The page of a summary as `read_summary` returns it."""
     rows = summary["rows"]
     of_networks = networks(rows)
-    floor = summary.get("noise_floor")
-    floor = float(floor) if is_number(floor) else None
+    floors = {of_networks[0]: summary.get("noise_floor")} if of_networks else {}
+    floors |= summary.get("noise_floors") or {}
+    floors = {network: float(floor) if is_number(floor) else None for network, floor in floors.items()}
+    floor = floors[of_networks[0]] if of_networks else None
     main = metric_of("frechet", of_networks[0]) if of_networks else None
     found = headline.verdicts(rows, main, floor)
     losses, notes = sections.losses(workdir)
@@ -40,28 +42,32 @@ def render(workdir, summary) -> str:
     groups = _provenance(rows)
     diagnostics = summary.get("diagnostics") or {}
     style, script = (_text(name) for name in ("style.css", "script.js"))
-    return _environment().get_template("template.html").render(
-        name=_name(workdir),
-        version=guided_distill.__version__,
-        policy=_policy(style, script),
-        style=style,
-        script=script,
-        warnings=[(stage, values["warning"]) for stage, values in diagnostics.items() if values.get("warning")],
-        notes=notes + lost_pictures,
-        headline=_headline(found, main, floor),
-        main=main,
-        cards=[_card(verdict, main, floor) for verdict in found],
-        grid=grid,
-        surfaces=[_surface(rows, network, floor if network == of_networks[0] else None) for network in of_networks],
-        losses=losses,
-        diagnostics=sections.diagnostics(diagnostics),
-        accuracy=summary.get("classifier_test_accuracy"),
-        environment=summary.get("environment") or {},
-        settings=summary.get("evaluate") or {},
-        groups=groups,
-        rows=[(row, groups.index(row.provenance)) for row in rows],
-        metrics=list(dict.fromkeys(metric for row in rows for metric in row.metrics)),
-        charts=charts,
+    return (
+        _environment()
+        .get_template("template.html")
+        .render(
+            name=_name(workdir),
+            version=guided_distill.__version__,
+            policy=_policy(style, script),
+            style=style,
+            script=script,
+            warnings=[(stage, values["warning"]) for stage, values in diagnostics.items() if values.get("warning")],
+            notes=notes + lost_pictures + list(dict.fromkeys(note for row in rows for note in row.notes)),
+            headline=_headline(found, main, floor),
+            main=main,
+            cards=[_card(verdict, main, floor) for verdict in found],
+            grid=grid,
+            surfaces=[_surface(rows, network, floors.get(network)) for network in of_networks],
+            losses=losses,
+            diagnostics=sections.diagnostics(diagnostics),
+            accuracy=summary.get("classifier_test_accuracy"),
+            environment=summary.get("environment") or {},
+            settings=summary.get("evaluate") or {},
+            groups=groups,
+            rows=[(row, groups.index(row.provenance)) for row in rows],
+            metrics=list(dict.fromkeys(metric for row in rows for metric in row.metrics)),
+            charts=charts,
+        )
     )
 
 

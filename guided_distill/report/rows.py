@@ -36,6 +36,7 @@ class Row:
     provenance: dict
     checkpoint: str
     picture: str | None  # within the workdir
+    notes: tuple[str, ...]  # what to bear in mind of its figures
 
     @property
     def is_teacher(self):
@@ -87,7 +88,8 @@ def references(rows) -> dict[float, Row]:
 def networks(rows) -> list[str]:
     """The feature networks of the rows' Fréchet distances; first the one that the noise floor is of."""
     count = collections.Counter(network for row in rows for network in map(_network, row.metrics) if network)
-    named = [str(row.provenance.get("feature_network", "")).split(" ")[0] for row in rows]
+    # "classifier; inception_v3" where several measured: the headline is by the first.
+    named = [re.split("[; ]", str(row.provenance.get("feature_network", "")))[0] for row in rows]
     return sorted(count, key=lambda network: (network not in named, -count[network]))
 
 
@@ -126,4 +128,5 @@ def _row(row) -> Row:
         provenance={key: row[key] for key in PROVENANCE if row.get(key) is not None},
         checkpoint=str(row.get("checkpoint", "")),
         picture=row.get("picture"),
+        notes=tuple(map(str, row.get("notes") or ())),
     )

@@ -101,4 +101,3 @@ def change(share, sign) -> str:
 def strengths(values) -> str:
     """Guidance strengths: w = 0, 1, 4."""
     return "w = " + ", ".join(f"{w:g}" for w in values)
-
