@@ -139,6 +139,8 @@ def load(directory):
     version = about.get("version")
     if not isinstance(version, int) or not 1 <= version <= VERSION:
         raise UserError(f"{path} has version {version!r}; this guided_distill reads up to {VERSION}: upgrade it")
+    if not about.get("students"):
+        raise UserError(f"{path} holds no students")
     mesh = sharding.make_mesh()
     try:
         schedule = _build(diffusion.SCHEDULES, about["schedule"])

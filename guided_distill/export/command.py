@@ -140,12 +140,12 @@ def _write_card(this, students, directory, formats, verified, licence):
     num = min(10, this.stages[0].model.num_classes)
     rows = []
     for student in students:
-        low, high = student.w_range
-        steps = student.num_steps or min(this.grid.num_intervals, 32)
-        x = student.sample(this.grid, this.mesh, num_steps=steps, w=min(max(1.0, low), high), labels=np.arange(num),
-                           num=num, seed=0, batch_size=this.experiment.evaluate.batch_size)  # fmt: skip
-        rows.append((f"{student.name}, {steps} step{'s' * (steps != 1)}", x))
-    pictures.save_png(directory / "samples.png", pictures.comparison([("w = 1", rows)], this.experiment.data.name))
+        steps, w = student.num_steps or min(this.grid.num_intervals, 32), np.clip(1.0, *student.w_range)
+        x = student.sample(this.grid, this.mesh, num_steps=steps, w=w, labels=np.arange(num), num=num, seed=0,
+                           batch_size=this.experiment.evaluate.batch_size)  # fmt: skip
+        rows.append((f"{student.name}, {steps} step{'s' * (steps != 1)}, w = {w:g}", x))
+    groups = [("the same noise in each column", rows)]
+    pictures.save_png(directory / "samples.png", pictures.comparison(groups, this.experiment.data.name))
     text = card.make_card(this.experiment, students, formats, verified, licence)
     (directory / "README.md").write_text(text)
 
