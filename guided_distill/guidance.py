@@ -26,6 +26,12 @@ def make_denoiser(model_fn, params, schedule, parameterisation):
     return denoiser
 
 
+@functools.cache  # a compiled step is looked up by the functions it was made of
+def null_label(num_classes):
+    """cond -> the cond whose labels say "no condition": label num_classes."""
+    return lambda cond: {**cond, "label": jnp.full_like(cond["label"], num_classes)}
+
+
 def classifier_free(denoiser, null_cond):
     """x^w = (1 + w) x(z, c) - w x(z, null), (arXiv 2207.12598, eq. 6), w = cond["w"] [B], per example.
 

@@ -38,6 +38,8 @@ def _dispatch():
         if flag.TARGET.value is None:
             raise UserError("--target is missing: the workdir of the run whose domain is drawn in")
         transfer.transfer(config, workdir, target=flag.TARGET.value, w=flag.W.value)
+    elif flag.MODE.value == "export":
+        _export(config, workdir)
     else:
         _sample(config, workdir)
 
@@ -55,6 +57,20 @@ def _sample(config, workdir):
         labels=labels,
         num=flag.NUM.value,
         seed=flag.SEED.value,
+        out=flag.OUT.value or "samples.png",
+    )
+
+
+def _export(config, workdir):
+    from guided_distill.export import command
+
+    command.export(
+        config,
+        workdir,
+        formats=flag.FORMATS.value,
+        stages=flag.STAGES.value,
+        with_teacher=flag.WITH_TEACHER.value,
+        licence=flag.LICENCE.value,
         out=flag.OUT.value,
     )
 

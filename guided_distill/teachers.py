@@ -18,13 +18,8 @@ from guided_distill.state import check_same_model, student_params
 
 
 @functools.cache
-def _null_label(num_classes):
-    # Cached, since a compiled step is looked up by the functions it was made of.
-    return lambda cond: {**cond, "label": jnp.full_like(cond["label"], num_classes)}
-
-
-@functools.cache
-def _module(experiment, w_conditioned, parameterisation):
+def make_module(experiment, w_conditioned, parameterisation):
+    """The experiment's network as a Linen module."""
     module, _ = BACKBONES[experiment.backbone]
     both = 2 if parameterisation == "both" else 1
     config = dataclasses.replace(
@@ -44,11 +39,11 @@ def make_model(experiment, *, w_conditioned, parameterisation=None, guided=True)
     """
     parameterisation = parameterisation or experiment.parameterisation
     return guidance.Teacher(
-        model_fn=make_model_fn(_module(experiment, w_conditioned, parameterisation)),
+        model_fn=make_model_fn(make_module(experiment, w_conditioned, parameterisation)),
         params=None,
         schedule=experiment.schedule,
         parameterisation=parameterisation,
-        null_cond=_null_label(experiment.data.num_classes) if guided else None,
+        null_cond=guidance.null_label(experiment.data.num_classes) if guided else None,
         num_classes=experiment.data.num_classes,
         sample_shape=experiment.data.sample_shape,
         data_range=experiment.data.data_range,
@@ -58,7 +53,7 @@ def make_model(experiment, *, w_conditioned, parameterisation=None, guided=True)
 
 def initial_params(experiment, w_conditioned, key, parameterisation=None):
     """Fresh parameters of the experiment's network, float32."""
-    module = _module(experiment, w_conditioned, parameterisation or experiment.parameterisation)
+    module = make_module(experiment, w_conditioned, parameterisation or experiment.parameterisation)
     z = jnp.zeros((1, *experiment.data.sample_shape))
     one = jnp.zeros(1)
     return jax.jit(module.init)(key, z, one, one.astype(jnp.int32), one)["params"]

@@ -1,0 +1,1 @@
+"""Students for others: a bundle that this package loads, StableHLO that needs jax alone, and the proof of both."""

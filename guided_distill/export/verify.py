@@ -1,0 +1,203 @@
+"""Artefacts loaded back in a fresh process and compared with the live students, on the CPU wherever they were trained.
+
+There the two processes cannot compete for an accelerator, and the figures do not depend on whose machine it was.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import jax
+import numpy as np
+
+import guided_distill
+from guided_distill import generate, samplers, sharding
+from guided_distill.errors import UserError
+from guided_distill.export import stablehlo
+
+BATCHES = (2, 5)
+_BOUNDS = {"bundle": {"float32": 0.0, "bfloat16": 0.0}, "stablehlo": {"float32": 1e-5, "bfloat16": 0.1}}
+_LOGSNRS = (-20.0, -3.0, 0.0, 3.0, 20.0)
+
+_OF_BUNDLE = """
+import json, sys
+import numpy as np
+import guided_distill
+
+directory, calls, out = sys.argv[1:]
+model = guided_distill.load(directory)
+np.savez(out, **{name: model.sample(**call) for name, call in json.load(open(calls)).items()})
+"""
+
+# The directory comes first on the path, so that this is the example as it was written; no code of ours is loaded.
+_OF_STABLEHLO = """
+import json, sys
+import numpy as np
+
+directory, inputs, out = sys.argv[1:]
+sys.path.insert(0, directory)
+import run_stablehlo
+
+given = np.load(inputs)
+made = {}
+for name, about in run_stablehlo.FUNCTIONS.items():
+    function = run_stablehlo.load(name)
+    for batch in (2, 5):
+        outputs = function(**{key: given[f"{name}/{key}"][:batch] for key in about["inputs"]})
+        outputs = outputs if isinstance(outputs, dict) else {"x": outputs}
+        made |= {f"{name}/{batch}/{key}": value for key, value in outputs.items()}
+assert "guided_distill" not in sys.modules
+np.savez(out, **made)
+"""
+
+
+def bound(form, student):
+    """The largest deviation that an artefact of this form may have from the live student."""
+    dtype = (student.network or {}).get("dtype", "float32")
+    return _BOUNDS[form][dtype]
+
+
+def bundle(directory, students, grid, batch_size):
+    """{name: deviation} of the bundle in a directory, loaded in a fresh process, from the live students.
+
+    Several w, two numbers of images, noise of one seed, labels drawn and given.
+    """
+    mesh = sharding.make_mesh(_cpus())
+    grid, calls, deviations = sharding.replicate(mesh, jax.device_get(grid)), {}, {}
+    for student in students:
+        for num, w in zip((*BATCHES, BATCHES[0]), _strengths(student), strict=True):
+            labels = None if num == BATCHES[0] else [k % student.model.num_classes for k in range(num)]
+            call = {"num_steps": student.steps(None, grid), "w": w, "num": num, "labels": labels, "seed": 1}
+            calls[f"{student.name}/{w:g}/{num}"] = call | {"series": student.series}
+    made = _in_a_fresh_process(_OF_BUNDLE, directory, json.dumps(calls).encode(), {"PYTHONPATH": _where_we_are()})
+    for student in students:
+        live = _on(mesh, student)
+        for name, call in calls.items():
+            if name.startswith(f"{student.name}/"):
+                options = {key: value for key, value in call.items() if key != "series"}
+                x = live.sample(grid, mesh, batch_size=batch_size, **options)
+                deviations[student.name] = max(deviations.get(student.name, 0.0), deviation(made[name], x))
+    return deviations
+
+
+def stablehlos(directory, students, grid):
+    """{function: deviation} of the StableHLO in a directory, run by jax alone, from the live samplers and denoisers.
+
+    Two batch sizes, several w in each batch, the same noise.
+    """
+    mesh = sharding.make_mesh(_cpus()[:1])
+    grid, inputs, expected = sharding.replicate(mesh, jax.device_get(grid)), {}, {}
+    for student in students:
+        live = _on(mesh, student)
+        given = _inputs(live)
+        for kind, function in (("sampler", _live_sampler(live, grid, mesh)), ("denoiser", _live_denoiser(live))):
+            named = getattr(stablehlo, f"{kind}_inputs")(live)
+            inputs |= {f"{student.name}_{kind}/{key}": given[key] for key in named}
+            for batch in BATCHES:
+                outputs = function(**{key: given[key][:batch] for key in named})
+                expected |= {f"{student.name}_{kind}/{batch}/{key}": value for key, value in outputs.items()}
+    made, deviations = _in_a_fresh_process(_OF_STABLEHLO, directory, inputs, {}), {}
+    for name, value in expected.items():
+        function = name.partition("/")[0]
+        deviations[function] = max(deviations.get(function, 0.0), deviation(made[name], value))
+    return deviations
+
+
+def deviation(ours, theirs):
+    """max |ours - theirs|, relative to the largest of theirs where that is above 1; inf where one is not finite."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if ours.shape != theirs.shape or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        return float("inf")
+    return float(np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max()))
+
+
+def _cpus():
+    try:
+        return jax.devices("cpu")
+    except RuntimeError as error:
+        raise UserError("exports are verified on the CPU, which JAX_PLATFORMS leaves out; add cpu to it") from error
+
+
+def _where_we_are():
+    ours = str(pathlib.Path(guided_distill.__file__).parents[1])
+    return os.pathsep.join(filter(None, [ours, os.environ.get("PYTHONPATH")]))
+
+
+def _on(mesh, student):
+    params = sharding.replicate(mesh, jax.device_get(student.model.params))
+    return dataclasses.replace(student, model=dataclasses.replace(student.model, params=params))
+
+
+def _strengths(student):
+    low, high = student.w_range
+    return [low, low + 0.3 * (high - low), high]
+
+
+def _inputs(student):
+    """What the functions are given, for the largest batch, on the host."""
+    model, num = student.model, max(BATCHES)
+    keys = samplers.image_keys(1, np.arange(num))
+    noise = np.asarray(samplers.initial_noise(keys, model.sample_shape, model.schedule.prior_std))
+    return {
+        "noise": noise,
+        "z": noise,
+        "logsnr": np.asarray(_LOGSNRS, np.float32),
+        "label": np.arange(num, dtype=np.int32) % model.num_classes,
+        "w": np.resize(np.asarray(_strengths(student), np.float32), num),
+        "keys": np.asarray(jax.random.key_data(keys)),
+    }
+
+
+def _live_sampler(student, grid, mesh):
+    model = student.model
+    run = generate.compiled(model.static(), samplers.SAMPLERS[student.sampler], mesh)
+    num_steps = np.int32(student.steps(None, grid))
+
+    def sample(noise, label, w, keys=None):
+        keys = None if keys is None else jax.random.wrap_key_data(keys)
+        arguments = jax.device_put(({"label": label, "w": w}, noise), sharding.batched(mesh))
+        return {"x": run(model.params, grid, keys, arguments[0], num_steps, arguments[1])}
+
+    return sample
+
+
+@functools.cache  # students of one network share the compiled program
+def _denoise(model):
+    return jax.jit(lambda params, z, logsnr, cond: model.denoiser(params)(z, logsnr, cond))
+
+
+def _live_denoiser(student):
+    run = _denoise(student.model.static())
+
+    def denoise(z, logsnr, label, w):
+        return run(student.model.params, z, logsnr, {"label": label, "w": w})._asdict()
+
+    return denoise
+
+
+def _in_a_fresh_process(program, directory, given, environment):
+    """The arrays that a program, called with (directory, file of `given`, file to write), leaves."""
+    with tempfile.TemporaryDirectory() as scratch:
+        source, out = pathlib.Path(scratch) / "given", pathlib.Path(scratch) / "out.npz"
+        if isinstance(given, bytes):
+            source.write_bytes(given)
+        else:
+            with source.open("wb") as file:
+                np.savez(file, **given)
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(directory), str(source), str(out)],
+            env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+            cwd=scratch,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"--mode=export: what was written cannot be run in a fresh process ({last[:200]})")
+        with np.load(out, allow_pickle=False) as arrays:
+            return dict(arrays)
