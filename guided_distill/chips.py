@@ -81,7 +81,7 @@ def parse_topology(text):
 
 
 def topology_of(device_kind, platform, count):
-    """The Topology of devices that are there, `device_kind` and `platform` as JAX names them; unknown ones are "cpu"."""
+    """The Topology of devices that are there, of the kind that JAX calls `device_kind`; one not known here is "cpu"."""
     name = device_kind.lower().replace(" lite", "e").replace("tpu ", "")
     known = {"v6": "v6e", "v5": "v5p"}
     kind = next((kind for kind in CHIPS if kind in name), known.get(name, "cpu")) if platform != "cpu" else "cpu"

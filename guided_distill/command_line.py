@@ -14,14 +14,14 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<stem 
 _MODES = ["run", "evaluate", "reference", "sample", "transfer", "prepare_data", "import", "plan"]
 MODE = flags.DEFINE_enum("mode", "run", _MODES, "What to do.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "The same as --mode=plan, without --compile.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "plan: for these chips, v5e:16x16 or h100:8; those at hand by default.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "plan: for chips like v5e:16x16 or h100:8; those at hand by default.")
 FSDP = flags.DEFINE_integer("fsdp", 1, "plan: over how many chips each parameter would be split.")
 COMPILE = flags.DEFINE_bool("compile", False, "plan: compile every train step and sampler too; a large one takes long.")
 COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
-    "host:port of process 0, where there are several processes; auto: as JAX finds it out. On SLURM, under Open MPI and "
-    "on TPU slices of GKE it is not needed.",
+    "host:port of process 0, where there are several processes; auto: as JAX finds it out. Not needed on SLURM, under "
+    "Open MPI and on TPU slices of GKE.",
 )
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which of them this one is, from 0.")

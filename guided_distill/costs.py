@@ -53,7 +53,7 @@ def plain_bytes(shape, itemsize):
 
 
 def cost_of(function, *arguments, bytes_of=plain_bytes):
-    """The Cost of function(*arguments), trees of ShapeDtypeStructs; `bytes_of` (shape, itemsize) pads as a device does."""
+    """The Cost of function(*arguments), trees of ShapeDtypeStructs; `bytes_of` (shape, itemsize) as a device has it."""
     return _cost_of_jaxpr(jax.make_jaxpr(function)(*arguments), bytes_of)
 
 

@@ -37,5 +37,5 @@ for ((id = 0; id < processes; id++)); do
 done
 
 for ((ended = 0; ended < processes; ended++)); do
-  wait -n "${pids[@]}" || exit $?
+  wait -n || exit $?
 done

@@ -30,7 +30,8 @@ case "${1:-}" in
     gcloud compute tpus tpu-vm scp "$archive/guided_distill.tar.gz" "$TPU_NAME:guided_distill.tar.gz" \
       --zone="$ZONE" --worker=all
     on_all_workers "mkdir -p guided_distill && tar xzf guided_distill.tar.gz -C guided_distill && cd guided_distill &&
-      python3 -m venv .venv && .venv/bin/pip install -q -e '.[tpu]' gcsfs"
+      sudo apt-get -qq install -y python3.11-venv && python3.11 -m venv .venv &&
+      .venv/bin/pip install -q -e '.[tpu]' gcsfs -c constraints.txt"
     ;;
   *)
     # What an interrupted connection left running holds the chips: it is stopped first.

@@ -61,8 +61,9 @@ def dry_run(config, console=None, *, topology=None, fsdp=1, compiling=False):
 
 def _table(title, names):
     table = Table(title=title, title_justify="left")
+    words = ("stage", "program", "fits", "bound")
     for name in names:
-        table.add_column(name, justify="left" if name in ("stage", "program", "fits", "bound") else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in words else "right", no_wrap=True)
     return table
 
 
@@ -135,8 +136,8 @@ def _summary(experiment, plans, place):
         f"Collectives of an update, at most, MB a chip: {', '.join(f'{n} {mb:,.1f}' for n, mb in sent.items() if mb)}"
         if any(sent.values())
         else "No collectives: one chip holds everything.",
-        f"The whole chain: at least {days:,.2f} days on {chips} chips; {slower:,.2f} at {_SHARE_OF_PEAK:.0%} of peak FLOP/s. "
-        "Evaluation, samples and checkpoints are not in it.",
+        f"The whole chain: at least {days:,.2f} days on {chips} chips; {slower:,.2f} at {_SHARE_OF_PEAK:.0%} of peak "
+        "FLOP/s. Evaluation, samples and checkpoints are not in it.",
         "Exact: parameters, FLOPs, bytes of weights. Estimated: activations and bytes moved (a model of fusion).",
     ]
     if experiment.rounds.plan == "auto":
@@ -150,8 +151,8 @@ def advice(experiment, plans, place):
     if not misfits:
         return []
     worst = max(misfits, key=lambda plan: plan.bytes)
-    gib = 2**30
-    lines = [f"{worst.name} needs {worst.bytes / gib:.1f} GiB of {place.topology.chip.memory / gib:.0f}. What would do:"]
+    needs, has = worst.bytes / 2**30, place.topology.chip.memory / 2**30
+    lines = [f"{worst.name} needs {needs:.1f} GiB of a chip that has {has:.0f}. What would do:"]
     if getattr(experiment.model, "remat", True) is False:
         remat = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, remat=True))
         lines.append(f"  --config.model.remat=True: {_most(make_plan(remat, place)):.1f} GiB, a third more computation")

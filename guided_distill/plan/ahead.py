@@ -52,7 +52,7 @@ def devices_of(topology):
         return topologies.get_topology_desc(platform="tpu", topology_name=str(topology), **options).devices
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--compile --topology={topology}: {reason}; is libtpu installed (the extra [plan])?") from error
+        raise UserError(f"--topology={topology}: {reason}; --compile needs libtpu, the extra [plan]") from error
 
 
 def programs(experiment, stages, mesh):

@@ -181,13 +181,14 @@ def _optimiser_traffic(stage, params, place):
 
 
 def _sent(params, teacher, place):
-    """{collective: bytes} a chip sends in one update, by rings: float32 weights shared out by fsdp, gradients summed."""
+    """{collective: bytes} that a chip sends in one update, in rings: float32 weights gathered, gradients summed."""
 
     def ring(chips):
         return (chips - 1) / chips
 
     split, copies = place.fsdp, place.topology.chips // place.fsdp
-    whole, theirs = (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in (params, teacher))
+    sizes = (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in (params, teacher))
+    whole, theirs = sizes
     return {
         # The student's weights forwards and backwards, the teacher's once.
         "all-gather": ring(split) * (2 * whole + theirs),
