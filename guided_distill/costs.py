@@ -96,6 +96,7 @@ def _inline(jaxpr, env, avals, operations):
 
     Of a `cond` the last branch is taken: that of `lax.platform_dependent` for accelerators.
     """
+
     def read(atom):
         return None if hasattr(atom, "val") else env[atom]
 

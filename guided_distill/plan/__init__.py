@@ -86,7 +86,7 @@ def _memory_table(experiment, plans, place):
 
 def _time_table(experiment, plans, place):
     table = _table(
-        f"An update, and all of them, on {place.topology} at the limit of its data sheet",
+        f"An update, and all of them, on {place.topology} at the speeds of its data sheet",
         ["stage", "updates", "TFLOP", "with remat", "GB moved", "MB sent", "ms", "bound", "days"],
     )
     for plan in plans:
@@ -136,9 +136,10 @@ def _summary(experiment, plans, place):
         f"Collectives of an update, at most, MB a chip: {', '.join(f'{n} {mb:,.1f}' for n, mb in sent.items() if mb)}"
         if any(sent.values())
         else "No collectives: one chip holds everything.",
-        f"The whole chain: at least {days:,.2f} days on {chips} chips; {slower:,.2f} at {_SHARE_OF_PEAK:.0%} of peak "
-        "FLOP/s. Evaluation, samples and checkpoints are not in it.",
-        "Exact: parameters, FLOPs, bytes of weights. Estimated: activations and bytes moved (a model of fusion).",
+        f"The whole chain: {days:,.2f} days on {chips} chips by these times; {slower:,.2f} at {_SHARE_OF_PEAK:.0%} of "
+        "peak FLOP/s, if memory allows. Evaluation, samples and checkpoints are not in it.",
+        "Exact: parameters, FLOPs, bytes of weights but for padding. Estimated by a model of fusion: activations, bytes "
+        "moved. Networks of a few channels take several times as much on a TPU, which pads them; --compile asks it.",
     ]
     if experiment.rounds.plan == "auto":
         lines.append("Updates of rounds are shared out anew as the run goes.")

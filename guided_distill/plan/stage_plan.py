@@ -51,7 +51,7 @@ class StagePlan:
     useful_flops: float  # three forward passes of the student and what the teacher is asked
     moved: float
     sent: dict[str, float]  # by kind of collective
-    seconds: float  # no faster than this
+    seconds: float  # of the slowest of the three, at the speeds of the data sheet
     bound: str  # what takes the longest: compute, memory or links
 
     @property
@@ -61,7 +61,7 @@ class StagePlan:
 
     @property
     def days(self):
-        """Of all updates, at the least."""
+        """Of all updates."""
         return self.updates * self.seconds / 86400
 
     def fits(self, topology):
