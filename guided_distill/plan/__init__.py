@@ -138,7 +138,7 @@ def _summary(experiment, plans, place):
         else "No collectives: one chip holds everything.",
         f"The whole chain: {days:,.2f} days on {chips} chips by these times; {slower:,.2f} at {_SHARE_OF_PEAK:.0%} of "
         "peak FLOP/s, if memory allows. Evaluation, samples and checkpoints are not in it.",
-        "Exact: parameters, FLOPs, bytes of weights but for padding. Estimated by a model of fusion: activations, bytes "
+        "Exact: parameters, FLOPs, bytes of weights but for padding. Estimated by a model of fusion: activations, bytes",
         "moved. Networks of a few channels take several times as much on a TPU, which pads them; --compile asks it.",
     ]
     if experiment.rounds.plan == "auto":
