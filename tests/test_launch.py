@@ -1,0 +1,133 @@
+"""How a run is launched on several processes, as far as can be seen without a cluster."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from guided_distill.distributed import arguments_of
+from guided_distill.errors import UserError
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+SCRIPTS = ["local.sh", "tpu_pod.sh", "slurm.sbatch"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "16", "SLURM_PROCID": "0"}, None),  # the batch script itself, which no srun started
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "16"}, {}),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, {}),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, {}),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "host-0"}, {}),
+    ],
+)
+def test_a_cluster_is_known_by_its_environment(environment, expected):
+    assert arguments_of(None, None, None, environment) == expected
+
+
+def test_what_is_told_goes_before_the_environment():
+    told = {"coordinator_address": "10.0.0.2:1234", "num_processes": 4, "process_id": 3}
+    assert arguments_of("10.0.0.2:1234", 4, 3, {"SLURM_STEP_NUM_TASKS": "16"}) == told
+    assert arguments_of("auto", None, None, {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ((None, 2, None), "--num_processes=2 needs --coordinator"),
+        ((None, None, 0), "--process_id=0 needs --coordinator"),
+        (("auto", 2, 0), "--num_processes=2 needs --coordinator"),
+        (("host:1", None, 0), "--coordinator=host:1 needs --num_processes"),
+        (("host:1", 2, None), "--coordinator=host:1 needs --process_id"),
+        (("host", 2, 0), "--coordinator=host: must be host:port"),
+        (("host:1", 2, 2), "--process_id=2: must be one of 0 ... 1"),
+        (("host:1", 2, -1), "--process_id=-1"),
+    ],
+)
+def test_half_of_it_is_refused(told, says):
+    with pytest.raises(UserError, match=says):
+        arguments_of(*told, {})
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in LAUNCH.iterdir()))
+def test_each_says_at_its_top_what_it_needs_and_what_to_type(name):
+    top = "\n".join((LAUNCH / name).read_text().splitlines()[:20])
+    assert re.search(r"^# Needs:", top, re.MULTILINE) and re.search(r"^# Type:", top, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_pass_shellcheck_and_can_be_run(name):
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    done = subprocess.run([shellcheck, LAUNCH / name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert os.access(LAUNCH / name, os.X_OK)
+
+
+def test_the_jobset_has_what_a_slice_needs():
+    job_set = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    assert (job_set["apiVersion"], job_set["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert job_set["spec"]["failurePolicy"]["maxRestarts"] > 0
+    (replicated,) = job_set["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    sides = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    chips = 1
+    for side in sides:
+        chips *= side
+    # One pod for each host, all of whose chips it takes, and no restart but of all of them together.
+    assert job["parallelism"] == job["completions"] == chips // container["resources"]["limits"]["google.com/tpu"]
+    assert (job["backoffLimit"], pod["restartPolicy"]) == (0, "Never")
+    flags = [argument.split("=")[0] for argument in container["args"]]
+    assert flags == ["--config", "--workdir", "--config.data.data_dir"] and container["image"]
+
+
+def test_the_image_is_built_from_the_constraints():
+    text = (LAUNCH / "Dockerfile").read_text()
+    assert re.search(r"pip install .*-c constraints\.txt", text) and "constraints.txt" in re.search("COPY .*", text)[0]
+    copied = [word for line in re.findall(r"^COPY (.*)", text, re.MULTILINE) for word in line.split()[:-1]]
+    assert [name for name in copied if not (LAUNCH.parent / name).exists()] == []
+
+
+def local(tmp_path, program, *arguments):
+    """launch/local.sh with another program, written to a file."""
+    script = tmp_path / "program.sh"
+    script.write_text(program)
+    environment = os.environ | {"PROGRAM": f"bash {script}", "PORT": "7001", "OUT": str(tmp_path)}
+    bash = shutil.which("bash")
+    return subprocess.run(
+        [bash, LAUNCH / "local.sh", *arguments], env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.slow
+def test_local_starts_every_process_with_its_number(tmp_path):
+    done = local(tmp_path, 'echo "$@"', "3", "--config=a b")
+    told = [f"--config=a b --coordinator=127.0.0.1:7001 --num_processes=3 --process_id={i}" for i in range(3)]
+    assert done.returncode == 0 and sorted(done.stdout.splitlines()) == told
+
+
+@pytest.mark.slow
+def test_local_stops_the_others_when_one_fails(tmp_path):
+    program = 'if [[ "$*" == *--process_id=1* ]]; then sleep 1; exit 7; fi\n'
+    program += 'trap "touch $OUT/stopped; exit" TERM; sleep 20 >/dev/null 2>&1 & wait'
+    done = local(tmp_path, program, "2")
+    assert done.returncode == 7
+    assert (tmp_path / "stopped").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [(), ("two",), ("0",)])
+def test_local_says_how_it_is_used(tmp_path, arguments):
+    done = local(tmp_path, "", *arguments)
+    assert done.returncode == 2 and "usage: launch/local.sh N" in done.stderr
