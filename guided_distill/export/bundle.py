@@ -41,6 +41,7 @@ class Bundle:
     def sample(self, *, num_steps=None, w=1.0, labels=None, num=None, seed=0, series=None):
         """Images x f32 [num, *S] of the student for `num_steps`, those that --mode=sample makes of the seed.
 
+        They agree to the bit on as many devices and CPU cores: XLA sums in another order on others.
         `num` is one for each label by default; `labels` are repeated over the images, None draws them. `series` is that
         of the first student with these steps by default; "teacher" is the teacher, where the bundle has it. Raises
         UserError for steps, series, w and labels that the bundle has no student for.

@@ -12,8 +12,8 @@ model = guided_distill.load("{directory}")
 x = model.sample(num_steps={num_steps}, w={w:g}, labels=[{labels}], seed=0)
 ```
 
-`x` is float32 [{num}, {shape}]{bounds}. The images are those that `--mode=sample` makes of the same seed on as many
-devices.
+`x` is float32 [{num}, {shape}]{bounds}. The images are those that `--mode=sample` makes of the same seed, to
+the bit on as many devices and CPU cores.
 """
 _STABLEHLO = """## With jax alone
 
