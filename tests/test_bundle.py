@@ -24,7 +24,9 @@ def write(directory, *students):
     return directory
 
 
-@pytest.mark.parametrize("kind", ["unet", "dit", "mlp"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("unet", marks=pytest.mark.slow), pytest.param("dit", marks=pytest.mark.slow), "mlp"]
+)
 def test_a_bundle_draws_what_its_students_drew_bit_for_bit(kind, tmp_path):
     experiment = experiments()[kind]
     kinds = [("det", 2), ("det", 1), ("teacher",)] + [("sto", 2)] * (kind == "mlp")

@@ -150,6 +150,7 @@ def test_operations_grow_with_the_batch_and_are_shared_among_chips(plans):
     assert twice.memory["weights"] == plans["stage1"].memory["weights"]
 
 
+@pytest.mark.slow
 def test_rematerialisation_trades_memory_for_operations():
     plain, remat = (
         planned_alone("cpu:4", "teacher", **{"teacher.batch_size": 64, "model.remat": remat}) for remat in (False, True)
@@ -212,6 +213,7 @@ def test_what_does_not_fit_comes_with_what_would(monkeypatch, plans):
     assert plan.largest_batch(worst, place) == 0
 
 
+@pytest.mark.slow
 def test_the_plan_prints_every_stage():
     console = Console(width=140, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     plan.dry_run(tiny_config(), console, topology="v5e:2x2")
@@ -222,7 +224,7 @@ def test_the_plan_prints_every_stage():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:16x16", "v4:4x4x4", "v5p:4x4x4"])
+@pytest.mark.parametrize("topology", ["v5e:16x16", "v4:4x4x4"])
 def test_imagenet64_fits_as_shipped(topology):
     experiment, place = from_config(imagenet64.get_config().to_dict()), plan.place_for(topology)
     stages = plan.make_plan(experiment, place)

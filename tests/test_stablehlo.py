@@ -15,7 +15,13 @@ from students import experiments, make_student
 from guided_distill import samplers
 from guided_distill.export import stablehlo, verify
 
-WHAT = [("unet", "det"), ("dit", "det"), ("mlp", "det"), ("mlp", "sto"), ("mlp", "teacher")]
+WHAT = [
+    pytest.param("unet", "det", marks=pytest.mark.slow),
+    pytest.param("dit", "det", marks=pytest.mark.slow),
+    ("mlp", "det"),
+    ("mlp", "sto"),
+    ("mlp", "teacher"),
+]
 
 
 def inputs(student, batch, w=2.5):
