@@ -16,7 +16,7 @@ from guided_distill.errors import UserError
 from guided_distill.evaluation import pixels
 from guided_distill.evaluation.measure import name_of
 from guided_distill.evaluation.samples import Samples
-from guided_distill.evaluation.yardstick import features_of, make_yardsticks, measure_by
+from guided_distill.evaluation.yardstick import features_of, make_yardsticks, measure_by, provenance_of
 from guided_distill.files import write_whole
 from guided_distill.generate import sample_images
 from guided_distill.surface import make_entries, work
@@ -37,7 +37,7 @@ def evaluate(run, progress):
     entries = make_entries(run.experiment, run.stages)
     keys = [entry.key(w) for entry in entries for w in entry.strengths(run.experiment.evaluate)]
     yardsticks = make_yardsticks(run.experiment, run.dataset, _directory(run), run.mesh, progress.say)
-    provenance = _provenance(yardsticks)
+    provenance = provenance_of(yardsticks)
     found = _earlier(run)
     rows = {
         tuple(row[key] for key in _ROW_KEY): row
@@ -201,16 +201,10 @@ def _row(run, entry, w, seconds, measured, yardsticks):
         **measured,
         "num_samples": run.experiment.evaluate.num_samples,
         "seed": run.experiment.evaluate.seed,
-        **_provenance(yardsticks),
+        **provenance_of(yardsticks),
         "checkpoint": given or entry.stage.directory(run.workdir).name,
         "picture": f"evaluation/{entry.file(w)}.png",
     }
-
-
-def _provenance(yardsticks):
-    """What a row's figures depend on besides its samples: of several networks, one behind the other."""
-    each = [yardstick.provenance for yardstick in yardsticks]
-    return {key: "; ".join(one[key] for one in each) for key in each[0]}
 
 
 def _told(run, yardsticks):

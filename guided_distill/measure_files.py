@@ -13,7 +13,7 @@ from guided_distill.evaluation import pixels
 from guided_distill.evaluation import reference as references
 from guided_distill.evaluation.image_files import open_samples
 from guided_distill.evaluation.samples import Samples
-from guided_distill.evaluation.yardstick import features_of, make_yardsticks, measure_by
+from guided_distill.evaluation.yardstick import features_of, make_yardsticks, measure_by, provenance_of
 from guided_distill.experiment import from_config
 from guided_distill.files import absolute, write_whole
 
@@ -103,9 +103,7 @@ def _measure(found, yardsticks, experiment, mesh, what):
         for yardstick, batches in zip(yardsticks, parts, strict=True):
             batches.append(Samples(index, *features_of(yardstick.network, x, mesh), label, figures))
         _say(f"{index[-1] + 1} of {len(found)} images")
-    measured = measure_by(yardsticks, parts, experiment.evaluate.seed, what)
-    provenance = [yardstick.provenance for yardstick in yardsticks]
-    return measured | {key: "; ".join(one[key] for one in provenance) for key in provenance[0]}
+    return measure_by(yardsticks, parts, experiment.evaluate.seed, what) | provenance_of(yardsticks)
 
 
 def _times(shape):

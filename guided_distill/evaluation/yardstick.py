@@ -80,6 +80,12 @@ def make_yardsticks(experiment, dataset, directory, mesh, say) -> list[Yardstick
     return found
 
 
+def provenance_of(yardsticks) -> dict[str, str]:
+    """What figures by these depend on besides the samples: of several networks, one behind the other."""
+    each = [yardstick.provenance for yardstick in yardsticks]
+    return {key: "; ".join(one[key] for one in each) for key in each[0]}
+
+
 def features_of(network, x, mesh):
     """(features f32[n,D], logits f32[n,K]) of samples f32[n,*S] in [-1, 1], on all devices of the mesh."""
     size = _BATCH.get(network.name, _BATCH_OF_IMAGENET)
