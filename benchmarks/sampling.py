@@ -61,7 +61,7 @@ def main():
     experiment = from_config(module.get_config().to_dict())
 
     mesh = sharding.make_mesh()
-    grid = sharding.replicate(mesh, diffusion.make_grid(experiment.schedule, TEACHER_STEPS))
+    grid = sharding.place(mesh, diffusion.make_grid(experiment.schedule, TEACHER_STEPS))
     key = jax.random.key(0)
     teacher, student = (make_model(experiment, w_conditioned=w_conditioned) for w_conditioned in (False, True))
     teacher_params, student_params = (initial_params(experiment, w, key) for w in (False, True))

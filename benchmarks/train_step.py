@@ -62,12 +62,14 @@ def make_step_arguments(experiment, stage, params, teacher_params):
     """(train step, its five arguments) of a stage."""
     mesh = sharding.make_mesh()
     training = stage.training
-    step_fn = train.make_train_step(stage.objective, stage.model, stage.teacher, training.optimiser, mesh)
+    step_fn = train.make_train_step(
+        stage.objective, stage.model, stage.teacher, training.optimiser, mesh, training.accumulate
+    )
     grid = diffusion.make_grid(experiment.schedule, experiment.stage2.teacher_steps)
     knobs = make_knobs(stage, grid)
     state = make_state(jax.tree.map(jnp.asarray, params), training.optimiser)
     frozen = {} if teacher_params is None else {"teacher": teacher_params}
-    arguments = sharding.replicate(mesh, (state, frozen, knobs, jax.random.key(0)))
+    arguments = sharding.place(mesh, (state, frozen, knobs, jax.random.key(0)))
     batch = sharding.shard_batch(mesh, random_batch(experiment, training.batch_size))
     return step_fn, (*arguments[:2], batch, *arguments[2:])
 

@@ -63,6 +63,9 @@ def get_config():
     config.stage2.final_num_steps = (1, 2, 4)
     config.stage2.final_updates = 100_000
 
+    config.mesh = ml_collections.ConfigDict({"fsdp": 1})
+    config.teacher_dtype = "float32"
+
     config.rounds = ml_collections.ConfigDict()
     config.rounds.plan = "fixed"
     config.rounds.probe_updates = 20
@@ -103,5 +106,6 @@ def _training(**values):
         "weight_decay": 0.0,
         "clip_norm": 1.0,
         "ema": 0.0,
+        "accumulate": 1,
     }
     return ml_collections.ConfigDict({**defaults, **values})

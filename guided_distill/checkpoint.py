@@ -190,10 +190,11 @@ def find_stage(path, name="teacher"):
     return stages[0]
 
 
-def load_eval_params(path, sharding):
+def load_eval_params(path, sharding_of):
     """The parameters to sample with (the moving average where there is one) of the newest checkpoint of a stage.
 
-    `path` as in `find_stage`. Raises UserError where there is none or it cannot be read.
+    `path` as in `find_stage`; `sharding_of` says where an array of a shape lies. Raises UserError where there is none
+    or it cannot be read.
     """
     stage_dir = find_stage(path)
     steps = [int(p.name) for p in (stage_dir / "checkpoints").iterdir() if p.name.isdigit()]
@@ -203,19 +204,21 @@ def load_eval_params(path, sharding):
     _, damage = _damage(stage_dir, max(steps))
     if damage is None:
         try:
-            return _read_eval_params(newest, sharding)
+            return _read_eval_params(newest, sharding_of)
         except Exception as error:  # as above
             damage = _reason(error)
     remedy = f"delete {stage_dir / COMPLETE} and run again: the stage goes on from the checkpoint before it"
     raise UserError(f"{newest} cannot be read ({damage}); {remedy}")
 
 
-def _read_eval_params(path, sharding):
+def _read_eval_params(path, sharding_of):
     handler = ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(), batches=ocp.JsonCheckpointHandler())
     with ocp.Checkpointer(handler) as reader:
         tree = reader.metadata(path).item_metadata["state"].tree
         which = "ema" if tree.get("ema") is not None else "params"
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree[which])
+        shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(leaf.shape)), tree[which]
+        )
         restore = ocp.args.PyTreeRestore(
             item={which: shapes},
             restore_args=ocp.checkpoint_utils.construct_restore_args({which: shapes}),

@@ -95,7 +95,7 @@ def _look_at(run, stage, parent, teacher_params):
     look = _make_look(stage.model, stage.teacher, series, substeps, run.mesh)
     train = run.dataset.train
     batch = read_records(train, np.linspace(0, len(train) - 1, _examples(run)).astype(int))
-    batch = sharding.shard_batch(run.mesh, batch)
+    batch = sharding.spread(run.mesh, batch)
     return lambda params, i, w: jax.device_get(
         look(params, teacher_params, batch, run.grid, jnp.int32(stage.num_steps), jnp.int32(i), jnp.float32(w))
     )
@@ -117,8 +117,8 @@ def _make_look(student, teacher, series, substeps, mesh):
         at_t = grid.at(index[0])
         cond = {"label": batch["label"], "w": jnp.full(size, w)}
         z = diffusion.diffuse(x, eps, at_t.alpha, at_t.sigma)
-        x_tilde = stage2.target(teacher.denoiser(teacher_params), z, cond, index, grid)
-        x_hat = student.denoiser(params)(z, at_t.logsnr, cond).x
+        x_tilde = stage2.target(teacher.denoiser(sharding.gathered(mesh, teacher_params)), z, cond, index, grid)
+        x_hat = student.denoiser(sharding.gathered(mesh, params))(z, at_t.logsnr, cond).x
         values = {
             "gap": diffusion.mean_square(x_hat - x_tilde).mean(),
             "drift": (x_hat - x_tilde).mean(tuple(range(x.ndim - 1))),
@@ -150,7 +150,8 @@ def _make_first_prediction(student, mesh):
         keys = samplers.image_keys(0, jnp.arange(_EXAMPLES))
         cond = {"label": samplers.random_labels(keys, student.num_classes), "w": jnp.full(_EXAMPLES, w)}
         z = samplers.initial_noise(keys, student.sample_shape, student.schedule.prior_std)
-        return samplers.predict(student.denoiser(params), z, grid.at(grid.num_intervals), cond).x
+        denoiser = student.denoiser(sharding.gathered(mesh, params))
+        return samplers.predict(denoiser, z, grid.at(grid.num_intervals), cond).x
 
     options = compilation.compiler_options(mesh)
     return jax.jit(predict, out_shardings=sharding.replicated(mesh), compiler_options=options)

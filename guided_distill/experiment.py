@@ -28,6 +28,7 @@ class Training:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     ema: float = 0.0
+    accumulate: int = 1  # parts that a batch goes through the network in: the same update, with less memory
 
     @property
     def optimiser(self):
@@ -133,6 +134,13 @@ class EvaluateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Over how many devices every large weight, its moments and its average are split; the batch is over all."""
+
+    fsdp: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class LogConfig:
     """Updates between lines of metrics, and between grids of samples (0: none)."""
 
@@ -159,6 +167,8 @@ class Experiment:
     checkpoint: CheckpointConfig
     to_v: Training = Training(updates=0, batch_size=0, learning_rate=0.0)  # no updates: there is no such stage
     rounds: RoundsConfig = RoundsConfig()
+    mesh: MeshConfig = MeshConfig()
+    teacher_dtype: str = "float32"  # or "bfloat16", of the weights that are learned from, while they are learned from
     clip_targets: bool = False  # whether students learn x_hat as the teacher's sampler clips it, or as it is
 
     def given(self, stage_name):
@@ -176,7 +186,11 @@ class Experiment:
 SERIES = ("det", "sto", "encode", "two", "tract")
 FEATURES = ("classifier", *NETWORKS)
 _PLANS = ("fixed", "auto")
+_TEACHER_DTYPES = ("float32", "bfloat16")
 _FREE_KEYS = (
+    *(f"config.{group}.accumulate" for group in ("teacher", "to_v", "stage1", "stage2")),
+    "config.mesh",
+    "config.model.remat",
     "config.evaluate",
     "config.log",
     "config.checkpoint",
@@ -242,7 +256,11 @@ def _convert(hint, value, path):
 
 def _check(experiment):
     """Raises UserError for values that fit their type and make no sense."""
-    for key, choices in (("parameterisation", diffusion.PARAMETERISATIONS), ("weighting", diffusion.WEIGHTINGS)):
+    for key, choices in (
+        ("parameterisation", diffusion.PARAMETERISATIONS),
+        ("weighting", diffusion.WEIGHTINGS),
+        ("teacher_dtype", _TEACHER_DTYPES),
+    ):
         if getattr(experiment, key) not in choices:
             raise UserError(f"config.{key} is {getattr(experiment, key)!r}; it must be one of {', '.join(choices)}")
     _check_at_least(experiment)
@@ -340,8 +358,9 @@ def _check_plan(rounds, series):
 
 def _check_at_least(experiment):
     least = {
-        "to_v.updates": 0,
+        **{"to_v.updates": 0, "to_v.accumulate": 1, "mesh.fsdp": 1},
         **{f"{stage}.{key}": 1 for stage in ("teacher", "stage1", "stage2") for key in ("updates", "batch_size")},
+        **{f"{stage}.accumulate": 1 for stage in ("teacher", "stage1", "stage2")},
         **{"rounds.probe_updates": 1, "rounds.gate_every": 0, "rounds.gap_samples": 1},
         **{"stage2.final_updates": 1, "log.every": 1, "log.sample_every": 0, "checkpoint.every": 1},
         **{"checkpoint.keep": 1, "evaluate.num_samples": 2, "evaluate.batch_size": 1},

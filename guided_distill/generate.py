@@ -20,7 +20,8 @@ def compiled(model, sampler, mesh):
     def sample(params, grid, keys, cond, num_steps, z=None):
         if z is None:
             z = samplers.initial_noise(keys, model.sample_shape, model.schedule.prior_std)
-        return sampler(model.denoiser(params), grid, z, cond, num_steps, keys, clip=model.data_range)
+        denoiser = model.denoiser(sharding.gathered(mesh, params))
+        return sampler(denoiser, grid, z, cond, num_steps, keys, clip=model.data_range)
 
     options = compilation.compiler_options(mesh)
     return jax.jit(sample, out_shardings=sharding.batched(mesh), compiler_options=options)
@@ -44,7 +45,7 @@ def sample_images(
             else jnp.asarray(np.resize(labels[start:], batch_size))
         )
         cond = {"label": label, "w": jnp.full(batch_size, w, jnp.float32)}
-        keys, cond = jax.device_put((keys, cond), sharding.batched(mesh))
+        keys, cond = sharding.spread(mesh, (keys, cond))
         x = sample(params, grid, keys, cond, jnp.asarray(num_steps, jnp.int32))
         kept = min(batch_size, num - start)
         yield index[:kept], np.asarray(label)[:kept], np.asarray(x)[:kept]

@@ -64,16 +64,14 @@ def train_stage(this, stage, progress):
     if this.is_main:
         evaluate.forget(this.workdir)
     key = jax.random.fold_in(jax.random.key(experiment.seed), stage.position)
-    frozen = {} if stage.parent is None else {"teacher": _params_of_parent(this, stage)}
-    params = _first_params(stage, key, frozen.get("teacher"))
+    params, frozen = _weights(this, stage, key)
     stage = rounds.settle(this, stage, frozen, params)
     gate = rounds.Gate(this, stage, frozen, params)
-    state = sharding.replicate(mesh, make_state(params, optimiser))
-    step_fn = train.make_train_step(stage.objective, stage.model, stage.teacher, optimiser, mesh)
+    state = sharding.place(mesh, make_state(params, optimiser))
     with Checkpoints(directory, keep=experiment.checkpoint.keep) as checkpoints:
         state = train.fit(
             _loop(this, stage, progress, gate.is_over),
-            step_fn,
+            rounds.step_of(this, stage),
             state,
             frozen,
             rounds.batches_of(this, stage),
@@ -89,6 +87,15 @@ def train_stage(this, stage, progress):
         mark_complete(directory, json.dumps({"stage": stage.name, "step": int(state.step)}) + "\n")
 
 
+def _weights(this, stage, key):
+    """(the weights a stage starts from, what the train step takes besides its state: those that teach it)."""
+    if stage.parent is None:
+        return _first_params(stage, key, None, this.mesh), {}
+    theirs = _params_of_parent(this, stage)
+    params = _first_params(stage, key, theirs, this.mesh)
+    return params, {"teacher": jax.tree.map(lambda p: p.astype(this.experiment.teacher_dtype), theirs)}
+
+
 def _params_of_parent(this, stage):
     parent = this.stage(stage.parent)
     params = this.params_of(parent)
@@ -97,14 +104,14 @@ def _params_of_parent(this, stage):
     return params
 
 
-def _first_params(stage, key, teacher_params):
+def _first_params(stage, key, teacher_params, mesh):
     """The weights a stage starts from: fresh ones, or its teacher's with fresh ones for what the teacher lacks."""
     # Copies throughout: the step donates its state, and the teacher, whose weights these may be, is still needed.
     if teacher_params is None or stage.from_scratch:
-        return jax.tree.map(jnp.copy, stage.init(key))
+        return jax.tree.map(jnp.copy, stage.init(key, mesh))
     if _kinds(shapes_of(stage.init)) == _kinds(teacher_params):
         return jax.tree.map(jnp.copy, teacher_params)
-    return student_params(teacher_params, stage.init(key))
+    return student_params(teacher_params, stage.init(key, mesh))
 
 
 def _kinds(tree):

@@ -38,7 +38,15 @@ def batches_of(run, stage):
 
 def knobs_of(run, stage):
     """The stage's traced numbers on all devices."""
-    return sharding.replicate(run.mesh, make_knobs(stage, run.grid, run.experiment.stage1.w_margin))
+    return sharding.place(run.mesh, make_knobs(stage, run.grid, run.experiment.stage1.w_margin))
+
+
+def step_of(run, stage):
+    """The compiled train step of a stage."""
+    training = stage.training
+    return train.make_train_step(
+        stage.objective, stage.model, stage.teacher, training.optimiser, run.mesh, training.accumulate
+    )
 
 
 def gap_of(run, stage, frozen):
@@ -77,7 +85,7 @@ class Gate:
         if stage.series and (self._config.gate_every or holds):
             self._gap = gap_of(run, stage, frozen)
             if holds:
-                self._opening = self._gap(sharding.replicate(run.mesh, make_state(params, stage.training.optimiser)))
+                self._opening = self._gap(sharding.place(run.mesh, make_state(params, stage.training.optimiser)))
 
     def is_over(self, writer, state, step):
         """Whether the round ends after `step` updates."""
@@ -199,7 +207,7 @@ def shares(rounds, gaps, work):
 def _opening_gaps(run, rounds):
     """{round: the gap there of the weights that the series starts from, as their own teacher}."""
     params = run.params_of(run.stage(rounds[0].parent))
-    state = sharding.replicate(run.mesh, make_state(params, rounds[0].training.optimiser))
+    state = sharding.place(run.mesh, make_state(params, rounds[0].training.optimiser))
     gaps = {stage.name: gap_of(run, stage, {"teacher": params})(state) for stage in rounds}
     if not all(map(math.isfinite, gaps.values())):
         raise UserError(f"{rounds[0].parent}: its output is not finite, so no rounds can be planned from it ({gaps})")
@@ -209,15 +217,14 @@ def _opening_gaps(run, rounds):
 def _probe(run, stage, frozen, params):
     """{learning rate: the gap that a few updates with it leave}, each from the same weights on the same batches."""
     config, training = run.experiment.rounds, stage.training
-    step_fn = train.make_train_step(stage.objective, stage.model, stage.teacher, training.optimiser, run.mesh)
     gap, key, found = gap_of(run, stage, frozen), jax.random.key(run.experiment.seed), {}
     for rate in (training.learning_rate * factor for factor in config.probe_rates):
         probe = dataclasses.replace(training, updates=config.probe_updates, learning_rate=rate)
         knobs = knobs_of(run, dataclasses.replace(stage, training=probe))
         # A copy: the step donates its state, and the round itself starts from these weights.
         start = make_state(jax.tree.map(lambda p: p.copy(), params), training.optimiser)
-        state = sharding.replicate(run.mesh, start)
+        state = sharding.place(run.mesh, start)
         for batch in itertools.islice(batches_of(run, stage), config.probe_updates):
-            state, _ = step_fn(state, frozen, sharding.shard_batch(run.mesh, batch), knobs, key)
+            state, _ = step_of(run, stage)(state, frozen, sharding.shard_batch(run.mesh, batch), knobs, key)
         found[rate] = gap(state)
     return found

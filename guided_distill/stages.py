@@ -29,7 +29,7 @@ class Stage:
     objective: Callable | None  # None: a teacher that is given
     training: Training
     model: guidance.Teacher  # static: the network that is trained
-    init: Callable  # key -> first weights of that network
+    init: Callable  # (key, mesh=None) -> first weights of that network, on a mesh where there is one
     parent: str | None  # the stage whose weights teach it, and which it starts from unless `from_scratch`
     teacher: guidance.Teacher | None  # static: the parent's network
     teacher_calls: int  # evaluations per example besides the student's own; for tract its average's are among them
@@ -93,7 +93,7 @@ def _teacher(experiment, outside):
         objective=None if outside else _denoise(experiment, model),
         training=experiment.teacher,
         model=model,
-        init=(lambda key: outside.params) if outside else _init(experiment, False, None),
+        init=(lambda key, mesh=None: outside.params) if outside else _init(experiment, False, None),
         parent=None,
         teacher=None,
         teacher_calls=0,
@@ -132,7 +132,8 @@ def _stage1(experiment, guided, outside):
     model = make_model(experiment, w_conditioned=True, parameterisation=parameterisation)
     init, from_scratch = _init(experiment, True, parameterisation), outside is not None
     if outside is not None and outside.student is not None:
-        model_fn, init = outside.student
+        model_fn, start = outside.student
+        init = lambda key, mesh=None: start(key)  # noqa: E731
         model = dataclasses.replace(
             outside.static(),
             model_fn=model_fn,

@@ -51,12 +51,14 @@ def make_model(experiment, *, w_conditioned, parameterisation=None, guided=True)
     )
 
 
-def initial_params(experiment, w_conditioned, key, parameterisation=None):
-    """Fresh parameters of the experiment's network, float32."""
+def initial_params(experiment, w_conditioned, key, mesh=None, parameterisation=None):
+    """Fresh parameters of the experiment's network, float32; made where they lie on a mesh, if there is one."""
     module = make_module(experiment, w_conditioned, parameterisation or experiment.parameterisation)
     z = jnp.zeros((1, *experiment.data.sample_shape))
     one = jnp.zeros(1)
-    return jax.jit(module.init)(key, z, one, one.astype(jnp.int32), one)["params"]
+    arguments = key, z, one, one.astype(jnp.int32), one
+    out_shardings = None if mesh is None else sharding.shardings_of(mesh, jax.eval_shape(module.init, *arguments))
+    return jax.jit(module.init, out_shardings=out_shardings)(*arguments)["params"]
 
 
 def shapes_of(init):
@@ -74,7 +76,7 @@ def load_teacher(path):
     if not config.exists():
         raise UserError(f"{path}: holds no config.json; give the workdir of an earlier run")
     experiment = from_config(read_json(config))
-    params = load_eval_params(stage_dir, sharding.replicated(sharding.make_mesh()))
+    params = load_eval_params(stage_dir, functools.partial(sharding.by_size, sharding.make_mesh()))
     init = functools.partial(initial_params, experiment, False)
     check_same_model(params, shapes_of(init), stage_dir)
 

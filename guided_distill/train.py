@@ -20,16 +20,17 @@ def example_keys(key, step, batch_size):
     return jax.vmap(lambda index: jax.random.fold_in(jax.random.fold_in(key, step), index))(jnp.arange(batch_size))
 
 
-def _named_losses(objective, student, teacher):
+def _named_losses(objective, student, teacher, mesh):
     """(params, ema, frozen, batch, knobs, keys) -> (loss [B], {name: [B]}): an objective with its networks bound."""
 
     def network(params):
+        params = sharding.gathered(mesh, params)
         return guidance.make_denoiser(student.model_fn, params, student.schedule, student.parameterisation)
 
     def named_losses(params, ema, frozen, batch, knobs, keys):
         apply = {"student": network(params)}
         if teacher is not None:
-            apply["teacher"] = teacher.denoiser(frozen["teacher"])
+            apply["teacher"] = teacher.denoiser(sharding.gathered(mesh, frozen["teacher"]))
         if ema is not None:
             apply["target_ema"] = network(ema)
         return objective(apply, student.schedule, batch, knobs, keys)
@@ -37,36 +38,65 @@ def _named_losses(objective, student, teacher):
     return named_losses
 
 
+def _mean_of_parts(function, parts):
+    """The mean over k of function(part k), trees of floats, for parts [K, ...]: one after the other, to save memory."""
+    count = jax.tree.leaves(parts)[0].shape[0]
+    shapes = jax.eval_shape(function, jax.tree.map(lambda rows: rows[0], parts))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def add(total, part):
+        return jax.tree.map(lambda t, value: t + value / count, total, function(part)), None
+
+    def accumulate(parts, unroll):
+        return jax.lax.scan(add, zeros, parts, unroll=unroll)[0]
+
+    # XLA's CPU convolutions are many times slower inside a loop (as in objectives/stage2.py).
+    return jax.lax.platform_dependent(
+        parts, cpu=functools.partial(accumulate, unroll=True), default=functools.partial(accumulate, unroll=1)
+    )
+
+
 @functools.cache
-def make_train_step(objective, student, teacher, optimiser, mesh):
+def make_train_step(objective, student, teacher, optimiser, mesh, accumulate=1):
     """(state, frozen, batch, knobs, key) -> (state, {name: scalar}), jitted; donates the state.
 
     `student` and `teacher` (or None) are `Teacher.static()`; frozen = {"teacher": weights}, an argument so that the
-    program does not contain them. The same arguments give the same compiled step.
+    program does not contain them. The gradient is the mean of those of `accumulate` parts of the batch, and the same
+    as of the whole. The same arguments give the same compiled step.
     """
 
-    named_losses = _named_losses(objective, student, teacher)
+    named_losses = _named_losses(objective, student, teacher, mesh)
 
     def train_step(state, frozen, batch, knobs, key):
-        keys = example_keys(key, state.step, batch["x"].shape[0])
-
-        def mean_loss(params):
+        def mean_loss(params, batch, keys):
             losses, named = named_losses(params, state.ema, frozen, batch, knobs, keys)
             return losses.mean(), {name: values.mean() for name, values in named.items()}
 
-        (loss, named), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        def gradient(examples):
+            loss_fn = sharding.gathering_twice(mesh, mean_loss)
+            found, grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, *examples)
+            return found, sharding.split(mesh, grads)
+
+        examples = batch, example_keys(key, state.step, batch["x"].shape[0])
+        if accumulate == 1:
+            (loss, named), grads = gradient(examples)
+        else:
+            (loss, named), grads = _mean_of_parts(gradient, sharding.parts_of_batch(mesh, examples, accumulate))
         state, optimisation = optim.apply_gradients(optimiser, state, grads, knobs.peak_lr, knobs.updates)
-        return state, {"loss": loss, **named, **optimisation, "param_norm": optax.tree.norm(state.params)}
+        values = {"loss": loss, **named, **optimisation, "param_norm": optax.tree.norm(state.params)}
+        return sharding.split(mesh, state), values
 
     whole = sharding.replicated(mesh)
     options = compilation.compiler_options(mesh)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole), compiler_options=options)
+    # Where the state lies split, `sharding.split` says how.
+    out_shardings = (whole if mesh.shape["fsdp"] == 1 else None, whole)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings, compiler_options=options)
 
 
 @functools.cache
 def make_gap(objective, student, teacher, mesh):
     """(state, frozen, batch, knobs, key) -> mean loss of what the state samples with, jitted; same key, same draws."""
-    named_losses = _named_losses(objective, student, teacher)
+    named_losses = _named_losses(objective, student, teacher, mesh)
 
     def gap(state, frozen, batch, knobs, key):
         keys = example_keys(key, 0, batch["x"].shape[0])

@@ -112,7 +112,7 @@ def _ddim_both(encoding, decoding, num_steps):
         _network(encoding, encoding.stage("stage1")),
         _network(decoding, decoding.stage("stage1")),
         num_steps,
-        sharding.replicate(decoding.mesh, grid),
+        sharding.place(decoding.mesh, grid),
     )
 
 

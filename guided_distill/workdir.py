@@ -54,8 +54,8 @@ class Run:
     def params_of(self, stage):
         """The weights to sample with that a finished stage left."""
         if self.outside is not None and stage.name == "teacher":
-            return sharding.replicate(self.mesh, self.outside.params)
-        return load_eval_params(self.checkpoint_of(stage), sharding.replicated(self.mesh))
+            return sharding.place(self.mesh, self.outside.params)
+        return load_eval_params(self.checkpoint_of(stage), functools.partial(sharding.by_size, self.mesh))
 
     def finished(self, stage):
         """Whether there is nothing left to train in this stage."""
@@ -76,17 +76,18 @@ def open_run(config, workdir, *, create=True) -> Run:
     Raises UserError for each that is wrong.
     """
     experiment = from_config(config)
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(fsdp=experiment.mesh.fsdp)
     for name, batch_size in experiment.batch_sizes.items():
         if create or name == "evaluate":
-            sharding.check_batch(mesh, f"config.{name}.batch_size", batch_size)
+            parts = getattr(getattr(experiment, name), "accumulate", 1)
+            sharding.check_batch(mesh, f"config.{name}.batch_size", batch_size, parts)
     _check_network(experiment)
     outside = outside_teacher(experiment.teacher.factory, experiment) if experiment.teacher.factory else None
     if outside is not None and outside.guided is not None and "two" in experiment.stage2.series:
         raise UserError("config.stage2.series holds 'two', which needs a teacher with classifier-free guidance alone")
     stages = make_stages(experiment, outside)
     grid = diffusion.make_grid(stages[0].model.schedule, experiment.stage2.teacher_steps)
-    run = Run(experiment, absolute(workdir), mesh, stages, sharding.replicate(mesh, grid), outside)
+    run = Run(experiment, absolute(workdir), mesh, stages, sharding.place(mesh, grid), outside)
     for name in ("teacher", "stage1"):
         if path := getattr(experiment, name).checkpoint:
             _check_given(config, name, path)

@@ -45,8 +45,8 @@ def make_student(experiment, series="det", num_steps=2, seed=0, devices=None):
         num_steps=num_steps if taught else None,
         sampler=SAMPLERS.get(series, "deterministic"),
         w_range=(0.0, 4.0),
-        model=dataclasses.replace(model, params=sharding.replicate(mesh, params)),
+        model=dataclasses.replace(model, params=sharding.place(mesh, params)),
         network=bundle.network_of(experiment.backbone, module),
         figures=[{"w": 1.0, "metrics": {"frechet_classifier": 2.5}}],
     )
-    return student, sharding.replicate(mesh, diffusion.make_grid(experiment.schedule, 4)), mesh
+    return student, sharding.place(mesh, diffusion.make_grid(experiment.schedule, 4)), mesh

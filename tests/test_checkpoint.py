@@ -1,3 +1,4 @@
+import functools
 import logging
 
 import jax
@@ -11,6 +12,7 @@ from guided_distill.optim import OptimiserConfig
 from guided_distill.state import make_state
 
 MESH = sharding.make_mesh()
+EVERYWHERE = functools.partial(sharding.by_size, MESH)
 
 
 def state_at(step, ema=0.9):
@@ -18,7 +20,7 @@ def state_at(step, ema=0.9):
     state = make_state(params, OptimiserConfig(ema=ema))
     if ema:
         state = state.replace(ema=jax.tree.map(lambda p: p + 1, state.ema))
-    return sharding.replicate(MESH, state.replace(step=jnp.int32(step)))
+    return sharding.place(MESH, state.replace(step=jnp.int32(step)))
 
 
 def write(stage_dir, steps, keep=3, ema=0.9):
@@ -82,7 +84,7 @@ def test_a_flipped_bit_is_found(tmp_path, caplog):
 
 def test_a_whole_checkpoint_of_another_model_is_refused_and_kept(tmp_path):
     write(tmp_path, [1])
-    other = sharding.replicate(MESH, make_state({"kernel": jnp.ones((3, 3))}, OptimiserConfig(ema=0.9)))
+    other = sharding.place(MESH, make_state({"kernel": jnp.ones((3, 3))}, OptimiserConfig(ema=0.9)))
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="checkpoints/1 is whole but not of this"):
         checkpoints.restore_newest(other)
     assert same(restore(tmp_path)[0], state_at(1))
@@ -99,7 +101,7 @@ def test_a_damaged_checkpoint_is_moved_and_not_lost(tmp_path, caplog):
 def test_paths_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write("run/00_teacher", [1])
-    assert same(load_eval_params("run", sharding.replicated(MESH)), state_at(1).ema)
+    assert same(load_eval_params("run", EVERYWHERE), state_at(1).ema)
 
 
 def test_a_missing_file_is_found(tmp_path, caplog):
@@ -128,28 +130,27 @@ def test_all_truncated_starts_over(tmp_path, caplog):
 def test_what_samples_is_the_average_where_there_is_one(tmp_path):
     for ema, expected in ((0.9, state_at(1, 0.9).ema), (0.0, state_at(1, 0.0).params)):
         write(tmp_path / str(ema), [1], ema=ema)
-        assert same(load_eval_params(tmp_path / str(ema), sharding.replicated(MESH)), expected)
+        assert same(load_eval_params(tmp_path / str(ema), EVERYWHERE), expected)
 
 
 def test_a_workdir_stands_for_its_teacher(tmp_path):
     write(tmp_path / "00_teacher", [1])
     write(tmp_path / "01_stage1", [2])
-    assert same(load_eval_params(tmp_path, sharding.replicated(MESH)), state_at(1).ema)
+    assert same(load_eval_params(tmp_path, EVERYWHERE), state_at(1).ema)
 
 
 def test_missing_empty_and_damaged_checkpoints_get_one_line(tmp_path):
-    whole = sharding.replicated(MESH)
     with pytest.raises(UserError, match="nowhere: no such checkpoint"):
-        load_eval_params(tmp_path / "nowhere", whole)
+        load_eval_params(tmp_path / "nowhere", EVERYWHERE)
     with pytest.raises(UserError, match="holds no checkpoints"):
-        load_eval_params(tmp_path, whole)
+        load_eval_params(tmp_path, EVERYWHERE)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="holds no finished checkpoint"):
-        load_eval_params(tmp_path, whole)
+        load_eval_params(tmp_path, EVERYWHERE)
     write(tmp_path, [3])
     truncate_largest_file(tmp_path / "checkpoints" / "3")
     with pytest.raises(UserError, match="checkpoints/3 cannot be read .*is truncated") as error:
-        load_eval_params(tmp_path, whole)
+        load_eval_params(tmp_path, EVERYWHERE)
     assert "\n" not in str(error.value)
 
 

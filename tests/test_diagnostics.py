@@ -21,7 +21,7 @@ class FakeRun:
         self.mesh = sharding.make_mesh()
         stages = make_stages(self.experiment)
         self.stages = [self._with(stage, models, stages) for stage in stages]
-        self.grid = sharding.replicate(self.mesh, diffusion.make_grid(diffusion.Cosine(), 4))
+        self.grid = sharding.place(self.mesh, diffusion.make_grid(diffusion.Cosine(), 4))
         images = np.random.default_rng(0).integers(0, 256, (80, 8, 8, 1)).astype(np.uint8)
         self.dataset = dataclasses.make_dataclass("Data", ["train"])(_Source(images))
 
@@ -112,6 +112,6 @@ def test_the_devices_do_not_change_what_is_told():
     run = FakeRun(shifted(0.1))
     told = diagnostics.diagnose(run, run.stages[-1])
     run.mesh = sharding.make_mesh(jax.devices()[:1])
-    run.grid = sharding.replicate(run.mesh, diffusion.make_grid(diffusion.Cosine(), 4))
+    run.grid = sharding.place(run.mesh, diffusion.make_grid(diffusion.Cosine(), 4))
     alone = diagnostics.diagnose(run, run.stages[-1])
     np.testing.assert_allclose(alone["gap_by_t"], told["gap_by_t"], rtol=1e-5)

@@ -25,7 +25,7 @@ def params():
 
 def images(params, devices, **options):
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    grid = sharding.replicate(mesh, diffusion.make_grid(EXPERIMENT.schedule, 4))
+    grid = sharding.place(mesh, diffusion.make_grid(EXPERIMENT.schedule, 4))
     options = {"seed": 3, "num": 10, "w": 2.0, "num_steps": 2, "batch_size": 8, **options}
     batches = list(generate.sample_images(MODEL, params, grid, mesh, **options))
     return [np.concatenate(values) for values in zip(*batches, strict=True)]
@@ -54,7 +54,7 @@ made = []
 for devices in (jax.devices()[:1], jax.devices()):
     mesh = sharding.make_mesh(devices)
     params = train_step.random_params(experiment, w_conditioned=True)
-    weights, grid = sharding.replicate(mesh, (params, diffusion.make_grid(experiment.schedule, 8)))
+    weights, grid = sharding.place(mesh, (params, diffusion.make_grid(experiment.schedule, 8)))
     batches = generate.sample_images(model, weights, grid, mesh, seed=0, num=1024, w=1.0, num_steps=8, batch_size=256)
     made.append(np.concatenate([x for _, _, x in batches]))
 print(np.abs(made[0] - made[1]).max())

@@ -1,5 +1,6 @@
 """The command line, as a user types it, in processes of their own."""
 
+import functools
 import json
 import os
 import pathlib
@@ -52,7 +53,7 @@ def final_params(workdir):
     from guided_distill import sharding
     from guided_distill.checkpoint import load_eval_params
 
-    whole = sharding.replicated(sharding.make_mesh())
+    whole = functools.partial(sharding.by_size, sharding.make_mesh())
     return {path.name: load_eval_params(path, whole) for path in sorted(workdir.glob("[0-9][0-9]_*"))}
 
 

@@ -87,7 +87,10 @@ def test_every_figure_of_every_row_is_in_the_table(whole):
         given += [words.number(1000 * row["seconds_per_image"])]
         given += [words.figure(name, value) for name, value in row["metrics"].items()]
         assert [" ".join(cell) for cell in cells if not any("–" in part for part in cell)] == [
-            *given[:6], *given[7:], "1", row["checkpoint"]
+            *given[:6],
+            *given[7:],
+            "1",
+            row["checkpoint"],
         ]
         low, high = row["intervals"]["frechet_classifier"]
         assert [given[6], f"{words.number(low)}–{words.number(high)}"] in cells

@@ -30,13 +30,13 @@ def params_of(w_conditioned):
 def prepared(name, mesh):
     stage = STAGES[name]
     params = jax.tree.map(jnp.copy, params_of(stage.model.w_conditioned))  # the step donates them
-    state = sharding.replicate(mesh, make_state(params, stage.training.optimiser))
+    state = sharding.place(mesh, make_state(params, stage.training.optimiser))
     frozen = {} if stage.teacher is None else {"teacher": params_of(stage.teacher.w_conditioned)}
     grid = diffusion.make_grid(EXPERIMENT.schedule, EXPERIMENT.stage2.teacher_steps)
     knobs = make_knobs(stage, grid)
     step = train.make_train_step(stage.objective, stage.model, stage.teacher, stage.training.optimiser, mesh)
     key = jax.random.key(0)
-    return step, state, *(sharding.replicate(mesh, value) for value in (frozen, knobs, key))
+    return step, state, *(sharding.place(mesh, value) for value in (frozen, knobs, key))
 
 
 def batch_of(size=8):
@@ -189,7 +189,7 @@ def test_a_student_starts_as_its_teacher_in_the_first_update():
     losses = []
     for params in (student, params_of(True)):
         params = jax.tree.map(jnp.copy, params)
-        state = sharding.replicate(mesh, make_state(params, STAGES["stage1"].training.optimiser))
+        state = sharding.place(mesh, make_state(params, STAGES["stage1"].training.optimiser))
         _, values = step(state, frozen, sharding.shard_batch(mesh, batch_of()), knobs, key)
         losses.append(float(values["loss"]))
     assert losses[0] < 1e-10 and losses[1] > 1e-7

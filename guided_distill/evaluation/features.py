@@ -74,7 +74,7 @@ def compute(network: FeatureNetwork, x, *, batch_size: int, mesh=None) -> tuple[
     """
     mesh = mesh or sharding.make_mesh(jax.devices()[:1])
     sharding.check_batch(mesh, "batch_size", batch_size)
-    whole, split = sharding.replicate(mesh, network.params), sharding.batched(mesh)
+    whole, split = jax.device_put(network.params, sharding.replicated(mesh)), sharding.batched(mesh)
     # jit finds the program of an earlier call again, as `apply` is the same object.
     program = jax.jit(network.apply, out_shardings=split, compiler_options=compilation.compiler_options(mesh))
     batches = []

@@ -146,7 +146,7 @@ def load(directory):
     try:
         schedule = _build(diffusion.SCHEDULES, about["schedule"])
         students = [_read_student(path.parent, about, schedule, one, mesh) for one in about["students"]]
-        grid = sharding.replicate(mesh, diffusion.make_grid(schedule, about["num_intervals"]))
+        grid = sharding.place(mesh, diffusion.make_grid(schedule, about["num_intervals"]))
         return Bundle(students, grid, mesh, _positive(about["batch_size"]), about)
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         reason = (str(error).strip().splitlines() or [""])[0][:160]
@@ -184,7 +184,7 @@ def _read_student(directory, about, schedule, one, mesh):
         raise ValueError(f"{one['name']} has the sampler {one['sampler']} of {one['parameterisation']}")
     if one["num_steps"] is not None and about["num_intervals"] % _positive(one["num_steps"]):
         raise ValueError(f"{one['num_steps']} steps do not divide {about['num_intervals']} intervals")
-    params = sharding.replicate(mesh, _read_params(directory, one, model, module))
+    params = sharding.place(mesh, _read_params(directory, one, model, module))
     low, high = one["w_range"]
     kept = {key: one[key] for key in ("name", "series", "num_steps", "sampler", "network", "figures")}
     return Student(w_range=(low, high), model=dataclasses.replace(model, params=params), **kept)

@@ -68,7 +68,7 @@ def bundle(directory, students, grid, batch_size):
     Several w, two numbers of images, noise of one seed, labels drawn and given.
     """
     mesh = sharding.make_mesh(_cpus())
-    grid, calls, deviations = sharding.replicate(mesh, jax.device_get(grid)), {}, {}
+    grid, calls, deviations = sharding.place(mesh, jax.device_get(grid)), {}, {}
     for student in students:
         for num, w in zip((*BATCHES, BATCHES[0]), _strengths(student), strict=True):
             labels = None if num == BATCHES[0] else [k % student.model.num_classes for k in range(num)]
@@ -91,7 +91,7 @@ def stablehlos(directory, students, grid):
     Two batch sizes, several w in each batch, the same noise.
     """
     mesh = sharding.make_mesh(_cpus()[:1])
-    grid, inputs, expected = sharding.replicate(mesh, jax.device_get(grid)), {}, {}
+    grid, inputs, expected = sharding.place(mesh, jax.device_get(grid)), {}, {}
     for student in students:
         live = _on(mesh, student)
         given = _inputs(live)
@@ -129,7 +129,7 @@ def _where_we_are():
 
 
 def _on(mesh, student):
-    params = sharding.replicate(mesh, jax.device_get(student.model.params))
+    params = sharding.place(mesh, jax.device_get(student.model.params))
     return dataclasses.replace(student, model=dataclasses.replace(student.model, params=params))
 
 

@@ -61,8 +61,11 @@ def programs(experiment, stages, mesh):
     for stage in stages:
         if stage.objective is None:
             continue
-        shapes = _arguments(experiment, stage, by_name.get(stage.parent), mesh)
-        step = train.make_train_step(stage.objective, stage.model, stage.teacher, stage.training.optimiser, mesh)
+        shapes = step_arguments(experiment, stage, by_name.get(stage.parent), mesh)
+        training = stage.training
+        step = train.make_train_step(
+            stage.objective, stage.model, stage.teacher, training.optimiser, mesh, training.accumulate
+        )
         if (step, stage.training.batch_size) not in seen:
             seen.add((step, stage.training.batch_size))
             yield stage.name, lambda step=step, shapes=shapes: step.lower(*shapes)
@@ -73,8 +76,10 @@ def programs(experiment, stages, mesh):
             yield f"{stage.name}, sampler", lambda sampler=sampler, shapes=shapes: sampler.lower(*shapes)
 
 
-def _placed(tree, sharding_of_it):
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of_it), tree)
+def _placed(tree, shardings):
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
+    )
 
 
 def _grid(experiment):
@@ -82,9 +87,9 @@ def _grid(experiment):
     return jax.eval_shape(lambda: jax.tree.map(jnp.asarray, make(experiment.schedule, experiment.stage2.teacher_steps)))
 
 
-def _arguments(experiment, stage, parent, mesh):
+def step_arguments(experiment, stage, parent, mesh):
     """(state, frozen, batch, knobs, key) of a stage's train step, as shapes on a mesh."""
-    whole, size = sharding.replicated(mesh), stage.training.batch_size
+    size = stage.training.batch_size
     grid = diffusion.make_grid(experiment.schedule, experiment.stage2.teacher_steps)
     state, knobs, key = jax.eval_shape(
         lambda params: (
@@ -99,8 +104,10 @@ def _arguments(experiment, stage, parent, mesh):
         "x": jax.ShapeDtypeStruct((size, *experiment.data.sample_shape), jnp.float32),
         "label": jax.ShapeDtypeStruct((size,), jnp.int32),
     }
-    state, frozen, knobs, key = _placed((state, frozen, knobs, key), whole)
-    return state, frozen, _placed(batch, sharding.batched(mesh)), knobs, key
+    split = jax.tree.map(lambda _: sharding.batched(mesh), batch)
+    trees = (state, frozen, knobs, key)
+    state, frozen, knobs, key = _placed(trees, sharding.shardings_of(mesh, trees))
+    return state, frozen, _placed(batch, split), knobs, key
 
 
 def _sampler_arguments(experiment, stage, mesh):
@@ -109,8 +116,8 @@ def _sampler_arguments(experiment, stage, mesh):
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
     cond = {"label": jax.ShapeDtypeStruct((size,), jnp.int32), "w": jax.ShapeDtypeStruct((size,), jnp.float32)}
     whole = (shapes_of(stage.init), _grid(experiment), jax.ShapeDtypeStruct((), jnp.int32))
-    params, grid, num_steps = _placed(whole, sharding.replicated(mesh))
-    keys, cond = _placed((keys, cond), sharding.batched(mesh))
+    params, grid, num_steps = _placed(whole, sharding.shardings_of(mesh, whole))
+    keys, cond = _placed((keys, cond), jax.tree.map(lambda _: sharding.batched(mesh), (keys, cond)))
     return params, grid, keys, cond, num_steps
 
 
