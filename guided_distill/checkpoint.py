@@ -141,7 +141,7 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, less its own look at JAX's preemption service, which would confuse the numbers `preemption` asks with."""
+    """Orbax's, less its own look at JAX's preemption service, which would mix its numbers with those of `preemption`."""
 
     def reached_preemption(self, step):
         return False

@@ -33,7 +33,7 @@ def naming(path: epath.PathLike):
 
 
 def write_whole(path: epath.PathLike, content: str | bytes) -> None:
-    """Writes `content` under a temporary name beside `path` and renames it. An OSError that this raises names the file."""
+    """Writes `content` under a temporary name beside `path` and renames it. Raises OSError that names it."""
     path = epath.Path(path)
     temporary = path.parent / (path.name + ".tmp")
     with naming(path):
