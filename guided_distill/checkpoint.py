@@ -94,6 +94,7 @@ class Checkpoints:
             batches=ocp.args.JsonRestore(),
         )
         while (step := _of_main(self._newest_undamaged)) is not None:
+            self._manager.reload()  # it remembers those that were moved
             try:
                 item = self._manager.restore(step, args=arguments)
                 return item["state"], item["batches"]
@@ -103,7 +104,6 @@ class Checkpoints:
                     raise UserError(f"{where} is whole but not of this model or code ({damage})") from error
             if jax.process_index() == 0:
                 self._move_aside(step, damage)
-            self._manager.reload()
         self._manager.reload()
         return None
 
@@ -141,7 +141,7 @@ class Checkpoints:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, less its own look at JAX's preemption service, which would mix its numbers with those of `preemption`."""
+    """Orbax's, less its own look at JAX's preemption service, which would mix up the numbers `preemption` counts."""
 
     def reached_preemption(self, step):
         return False

@@ -117,7 +117,8 @@ def _say(line, exit_code):
 
 def _leave(exit_code):
     """Ends the process; after a fault without JAX's farewell, which waits for processes that wait for this one."""
-    if exit_code not in (0, Stopped.exit_code) and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+    jax = sys.modules.get("jax")
+    if exit_code not in (0, Stopped.exit_code) and jax is not None and jax.distributed.is_initialized():
         sys.stdout.flush()
         os._exit(exit_code)
     sys.exit(exit_code)
