@@ -7,18 +7,31 @@ undisturbed run; exits with 1 where one did not. A run of two processes is held 
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import pathlib
 import random
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
+
+# One device, as on a user's machine, and compiled in a hurry.
+os.environ.update(XLA_FLAGS="--xla_backend_optimization_level=0", JAX_PLATFORMS="cpu")
+_CACHE = tempfile.TemporaryDirectory()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+
+from guided_distill import main, pipeline, sharding  # noqa: E402, F401
+from guided_distill.checkpoint import load_eval_params  # noqa: E402
 
 REPO = pathlib.Path(__file__).parents[1]
 STAGES = ("00_teacher", "01_stage1", "02_stage2_det_0002", "03_stage2_det_0001")
@@ -66,20 +79,34 @@ def _faults(rng, count):
 
 @contextlib.contextmanager
 def processes_of(workdir, count, log):
-    """The run's processes, started by launch/local.sh where there are several; stops them on the way out."""
-    line = [sys.executable, "-m", "guided_distill.main", *_CHAIN, f"--workdir={workdir}"]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
-    if count > 1:
-        line = ["launch/local.sh", str(count), *_CHAIN, f"--workdir={workdir}"]
-        environment |= {"PROGRAM": f"{sys.executable} -m guided_distill.main", "PORT": str(_free_port())}
-    with open(log, "ab") as file:
-        process = subprocess.Popen(line, cwd=REPO, env=environment, stdout=file, stderr=file, start_new_session=True)
+    """The run as a process: forked from this one, to import nothing anew, or launch/local.sh for several."""
+    child = multiprocessing.get_context("fork").Process(target=_become, args=(workdir, count, log))
+    child.start()
     try:
-        yield process
+        yield child
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        _kill(child)
+        child.join()
+
+
+def _become(workdir, count, log):
+    os.setsid()
+    os.chdir(REPO)
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    arguments = [*_CHAIN, f"--workdir={workdir}"]
+    if count > 1:
+        os.environ.update(PROGRAM=f"{sys.executable} -m guided_distill.main", PORT=str(_free_port()))
+        os.execv("launch/local.sh", ["launch/local.sh", str(count), *arguments])
+    sys.argv = ["main", *arguments]  # where config flags look
+    sys.exit(main.main())
+
+
+def _kill(child):
+    """All processes at once, as when the machine goes; of one alone launch/local.sh would stop the other."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def _free_port():
@@ -90,17 +117,16 @@ def _free_port():
 
 def inflict(workdir, count, fault, log):
     """Starts or continues the run, and does what `fault` says; returns (where it hit, exit code)."""
-    with processes_of(workdir, count, log) as process:
-        while not _reached(workdir, fault) and process.poll() is None:
+    with processes_of(workdir, count, log) as child:
+        while not _reached(workdir, fault) and child.is_alive():
             time.sleep(0.001)
-        in_time = process.poll() is None
+        in_time = child.is_alive()
         if fault.kind == "kill -9":
-            # All processes at once, as when the machine goes; of one alone local.sh stops the other.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _kill(child)
         else:
-            process.terminate()
-        code = process.wait(timeout=300)
+            child.terminate()
+        child.join(300)
+        code = child.exitcode
     where = _where(workdir, fault) if in_time else "after its end"
     if fault.kind in ("truncated", "flipped"):
         where += f"; {_damage(workdir / fault.stage, fault.kind)}"
@@ -161,25 +187,23 @@ def _number(path):
 
 def finish(workdir, count, log):
     """Runs to the end; returns the exit code."""
-    with processes_of(workdir, count, log) as process:
-        return process.wait(timeout=600)
-
-
-def parameters(workdir):
-    """{stage: its parameters} of a finished run."""
-    from guided_distill import sharding
-    from guided_distill.checkpoint import load_eval_params
-
-    whole = sharding.replicated(sharding.make_mesh())
-    return {stage: load_eval_params(workdir / stage, lambda shape: whole) for stage in STAGES}
+    with processes_of(workdir, count, log) as child:
+        child.join(600)
+        return child.exitcode
 
 
 def difference(ours, theirs):
-    """The largest absolute difference between two trees."""
-    import jax
-    import numpy as np
+    """The largest absolute difference between the parameters of two finished runs, over all stages."""
+    # In a process of its own: one that has used a device cannot be forked.
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(_difference, ours, theirs).result()
 
-    return max(jax.tree.leaves(jax.tree.map(lambda a, b: float(np.abs(a - b).max()), ours, theirs)))
+
+def _difference(ours, theirs):
+    whole = sharding.replicated(sharding.make_mesh())
+    pairs = ([load_eval_params(run / stage, lambda shape: whole) for run in (ours, theirs)] for stage in STAGES)
+    gaps = [jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *pair) for pair in pairs]
+    return max(jax.tree.leaves(gaps))
 
 
 def suffer(directory, name, count, faults, say):
@@ -187,15 +211,14 @@ def suffer(directory, name, count, faults, say):
     workdir, log, good = directory / name, directory / f"{name}.log", True
     for fault in faults:
         where, code = inflict(workdir, count, fault, log)
-        # A signal may meet a run that has just ended; 137 is what a shell makes of kill -9.
-        expected = (-9, 137) if fault.kind == "kill -9" else (75,)
-        good &= code in (*expected, 0)
+        # A signal may meet a run that has just ended.
+        good &= code in (-signal.SIGKILL if fault.kind == "kill -9" else 75, 0)
         say(f"| {name} | {count} | {fault.kind} | {where} | {code} |")
     code = finish(workdir, count, log)
     return workdir, good and code == 0
 
 
-def main():
+def run_campaign():
     """Runs the campaign and prints its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
@@ -213,8 +236,6 @@ def main():
 
     with tempfile.TemporaryDirectory() as temporary:
         directory, bad = pathlib.Path(temporary), 0
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(directory / "cache"))
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         undisturbed = {}
         say("| run | processes | fault | where it hit | exit code |\n|---|---|---|---|---|")
         for k, (count, faults) in enumerate(campaign(args.seed, **sizes)):
@@ -222,9 +243,9 @@ def main():
                 whole = directory / f"undisturbed{count}"
                 if finish(whole, count, directory / "undisturbed.log"):
                     sys.exit((directory / "undisturbed.log").read_text())
-                undisturbed[count] = parameters(whole)
+                undisturbed[count] = whole
             workdir, good = suffer(directory, f"{k}", count, faults, say)
-            gap = difference(parameters(workdir), undisturbed[count]) if good else float("nan")
+            gap = difference(workdir, undisturbed[count]) if good else float("nan")
             bad += gap != 0.0
             outcome = "the same parameters, bit for bit" if gap == 0.0 else f"differs by {gap:.3g}"
             say(f"| {k} | {count} | {len(faults)} faults | to its end | {outcome} |")
@@ -237,4 +258,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_campaign()
