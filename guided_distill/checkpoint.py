@@ -1,5 +1,6 @@
 """Checkpoints of a stage through Orbax: asynchronous, the newest few kept, unreadable ones named and passed over."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -7,10 +8,12 @@ import time
 import zlib
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
-from guided_distill.errors import UserError
+from guided_distill.errors import Fault, UserError
 from guided_distill.files import absolute, write_whole
 
 _log = logging.getLogger(__name__)
@@ -36,31 +39,48 @@ class Checkpoints:
     def __init__(self, stage_dir, *, keep=2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._stage_dir = absolute(stage_dir)
-        self._manager = ocp.CheckpointManager(_step_dir(self._stage_dir, "x").parent, options=options)
+        self._manager = _Manager(_step_dir(self._stage_dir, "x").parent, options=options)
         self._unsealed = None
 
     def save(self, step, state, iterator_state):
-        """Starts writing the TrainState and the state of the batch iterator (JSON) at `step`."""
+        """Starts writing the TrainState and the state of the batch iterator (JSON) at `step`.
+
+        Raises Fault where this, or the save before it, cannot be written.
+        """
         self._seal()
+        newest = self.latest_step()
+        if newest is not None and not _step_dir(self._stage_dir, newest).exists():
+            # Orbax would make the directory anew, and the run would end with a part of itself.
+            raise Fault(f"{_step_dir(self._stage_dir, newest)} is gone; bring the workdir back, or start in another")
         if jax.process_index() == 0:
             _checksums_path(self._stage_dir, step).unlink(missing_ok=True)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), batches=ocp.args.JsonSave(iterator_state)),
-        )
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), batches=ocp.args.JsonSave(iterator_state))
+        with self._written(step):
+            self._manager.save(step, args=items)
         self._unsealed = step
 
     def seal_if_written(self):
-        """Notes the checksums of the last save if it has finished; returns at once otherwise."""
+        """Notes the checksums of the last save if it has finished; returns at once otherwise. Raises as `save`."""
         if self._unsealed is not None and not self._manager.is_saving_in_progress():
             self._seal()
 
     def _seal(self):
-        if self._unsealed is not None:
-            self._manager.wait_until_finished()
-            if jax.process_index() == 0:
-                _write_checksums(self._stage_dir, self._unsealed)
-            self._unsealed = None
+        step, self._unsealed = self._unsealed, None
+        if step is not None:
+            with self._written(step):
+                self._manager.wait_until_finished()
+                if jax.process_index() == 0:
+                    _write_checksums(self._stage_dir, step)
+
+    @contextlib.contextmanager
+    def _written(self, step):
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise what they like for a full disk.
+            raise Fault(
+                f"checkpoint {_step_dir(self._stage_dir, step)} cannot be written ({_reason(error)}); those before it "
+                "are kept, and the same command goes on from there"
+            ) from error
 
     def restore_newest(self, like):
         """(state, iterator state) of the newest undamaged checkpoint, or None where there is none.
@@ -73,31 +93,36 @@ class Checkpoints:
             state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)),
             batches=ocp.args.JsonRestore(),
         )
-        steps = sorted(self._manager.all_steps())
-        while steps:
-            step = steps.pop()
-            known, damage = _damage(self._stage_dir, step)
-            if damage is None:
-                try:
-                    item = self._manager.restore(step, args=arguments)
-                    return item["state"], item["batches"]
-                except Exception as error:  # Orbax and TensorStore raise what they like for a damaged file.
-                    damage = _reason(error)
-                    if known:
-                        where = _step_dir(self._stage_dir, step)
-                        raise UserError(f"{where} is whole but not of this model or code ({damage})") from error
-            self._move_aside(step)
-            then = "going back to the one before it" if steps else "starting this stage over"
-            _log.warning("checkpoint %s cannot be read (%s); %s", _step_dir(self._stage_dir, step), damage, then)
+        while (step := _of_main(self._newest_undamaged)) is not None:
+            self._manager.reload()  # it remembers those that were moved
+            try:
+                item = self._manager.restore(step, args=arguments)
+                return item["state"], item["batches"]
+            except Exception as error:  # as above, for a damaged file
+                damage, where = _reason(error), _step_dir(self._stage_dir, step)
+                if _checksums_path(self._stage_dir, step).exists():
+                    raise UserError(f"{where} is whole but not of this model or code ({damage})") from error
+            if jax.process_index() == 0:
+                self._move_aside(step, damage)
+        self._manager.reload()
         return None
 
-    def _move_aside(self, step):
-        if jax.process_index() == 0:
-            aside = self._stage_dir / "damaged"
-            aside.mkdir(parents=True, exist_ok=True)
-            _step_dir(self._stage_dir, step).rename(aside / f"{step}_{time.time_ns()}")
-            _checksums_path(self._stage_dir, step).unlink(missing_ok=True)
-        self._manager.reload()
+    def _newest_undamaged(self):
+        """The newest step whose files are as they were written, as far as that was noted; moves others aside."""
+        for step in sorted(_steps(self._stage_dir), reverse=True):
+            damage = _damage(self._stage_dir, step)
+            if damage is None:
+                return step
+            self._move_aside(step, damage)
+        return None
+
+    def _move_aside(self, step, damage):
+        where, aside = _step_dir(self._stage_dir, step), self._stage_dir / "damaged"
+        aside.mkdir(parents=True, exist_ok=True)
+        where.rename(aside / f"{step}_{time.time_ns()}")
+        _checksums_path(self._stage_dir, step).unlink(missing_ok=True)
+        then = "going back to the one before it" if _steps(self._stage_dir) else "starting this stage over"
+        _log.warning("checkpoint %s cannot be read (%s); %s", where, damage, then)
 
     def latest_step(self):
         """The newest step on disk, or None."""
@@ -106,14 +131,39 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self._manager.wait_until_finished()
-        self._seal()
-        self._manager.close()
+    def __exit__(self, kind, *_):
+        try:
+            self._seal()
+            self._manager.close()
+        except Exception:
+            if kind is None:  # else what went wrong first is what to tell
+                raise
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, less its own look at JAX's preemption service, which would mix up the numbers `preemption` counts."""
+
+    def reached_preemption(self, step):
+        return False
+
+
+def _of_main(make):
+    """What make(), a number or None, says on process 0, on every process."""
+    if jax.process_count() == 1:
+        return make()
+    found = make() if jax.process_index() == 0 else None
+    found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
+    return None if found == -1 else found
 
 
 def _step_dir(stage_dir, step):
     return epath.Path(stage_dir) / "checkpoints" / str(step)
+
+
+def _steps(stage_dir):
+    """The steps of the finished checkpoints on disk."""
+    directory = _step_dir(stage_dir, "x").parent
+    return ocp.utils.checkpoint_steps(directory) if directory.exists() else []
 
 
 def _checksums_path(stage_dir, step):
@@ -149,17 +199,19 @@ def _write_checksums(stage_dir, step):
 
 
 def _damage(stage_dir, step):
-    """(whether checksums were noted, what they say is wrong or None); a run may be stopped before it notes them."""
+    """What the noted checksums say is wrong, or None; a run may be stopped before it notes them."""
     path = _checksums_path(stage_dir, step)
-    if not path.exists():
-        return False, None
-    for name, expected in json.loads(path.read_text()).items():
+    try:
+        noted = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        return f"its checksums, {path}, are no JSON"
+    for name, expected in noted.items():
         file = _step_dir(stage_dir, step) / name
         found = _checksum(file) if file.exists() else None
         if found != expected:
             what = "is missing" if found is None else "is truncated" if found[0] < expected[0] else "was changed"
-            return True, f"{name} {what}"
-    return True, None
+            return f"{name} {what}"
+    return None
 
 
 def _reason(error):
@@ -197,11 +249,11 @@ def load_eval_params(path, sharding_of):
     or it cannot be read.
     """
     stage_dir = find_stage(path)
-    steps = [int(p.name) for p in (stage_dir / "checkpoints").iterdir() if p.name.isdigit()]
+    steps = _steps(stage_dir)
     if not steps:
         raise UserError(f"{stage_dir / 'checkpoints'}: holds no finished checkpoint")
     newest = _step_dir(stage_dir, max(steps))
-    _, damage = _damage(stage_dir, max(steps))
+    damage = _damage(stage_dir, max(steps))
     if damage is None:
         try:
             return _read_eval_params(newest, sharding_of)

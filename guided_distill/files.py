@@ -1,5 +1,6 @@
 """Writing a file so that a reader, or a process killed half-way, never leaves or finds half of one; reading JSON."""
 
+import contextlib
 import json
 import os
 
@@ -21,9 +22,20 @@ def read_json(path: epath.PathLike):
         raise UserError(f"{path} is not JSON ({error}); restore it, or delete it") from error
 
 
+@contextlib.contextmanager
+def naming(path: epath.PathLike):
+    """Makes an OSError, such as of a full disk, name `path`: what a failed write raises names no file by itself."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
+
+
 def write_whole(path: epath.PathLike, content: str | bytes) -> None:
-    """Writes `content` under a temporary name beside `path` and renames it."""
+    """Writes `content` under a temporary name beside `path` and renames it. Raises OSError that names it."""
     path = epath.Path(path)
     temporary = path.parent / (path.name + ".tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)
+    with naming(path):
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)

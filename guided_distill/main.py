@@ -2,10 +2,11 @@
 
 import logging
 import os
+import signal
 import sys
 
 from guided_distill import command_line as flag
-from guided_distill.errors import UserError
+from guided_distill.errors import Fault, Stopped, UserError
 
 
 def _dispatch():
@@ -19,11 +20,20 @@ def _dispatch():
     if flag.MODE.value == "plan" or flag.DRY_RUN.value:
         _plan(config)
         return
-    from guided_distill import compilation, distributed, measure_files, pipeline, prepare_data, transfer
+    from guided_distill import (
+        compilation,
+        distributed,
+        measure_files,
+        pipeline,
+        preemption,
+        prepare_data,
+        transfer,
+    )
     from guided_distill.experiment import from_config
 
     compilation.keep_programs()
     distributed.initialise(flag.COORDINATOR.value, flag.NUM_PROCESSES.value, flag.PROCESS_ID.value)
+    preemption.listen()
     workdir = flag.WORKDIR.value or flag.default_workdir()
     experiment = from_config(config)
     if flag.SAMPLES.value is not None and flag.MODE.value != "evaluate":
@@ -92,16 +102,36 @@ def _export(config, workdir):
 
 
 def main(argv=None):
-    """Runs the command line; returns the exit code: 2, and one line on stderr, for a mistake of the user."""
+    """Runs the command line; returns the exit code, as README.md lists them, with one line on stderr where not 0."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         flag.parse(sys.argv if argv is None else argv)
         _dispatch()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _say(f"error: {error}", error.exit_code)
+    except OSError as error:
+        what = ": ".join(map(str, filter(None, [error.filename, error.strerror or str(error)])))
+        return _say(f"error: {what}; what was saved is kept, and the same command goes on from there", Fault.exit_code)
+    except Stopped:
+        return _say("stopped as told; the same command goes on from here", Stopped.exit_code)
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command goes on from the newest checkpoint", 128 + signal.SIGINT)
     return 0
 
 
+def _say(line, exit_code):
+    print(line, file=sys.stderr)
+    return exit_code
+
+
+def _leave(exit_code):
+    """Ends the process; after a fault without JAX's farewell, which waits for processes that wait for this one."""
+    jax = sys.modules.get("jax")
+    if exit_code not in (0, Stopped.exit_code) and jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

@@ -7,7 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from guided_distill import diagnostics, distributed, evaluate, metrics, pictures, report, rounds, sharding, train
+from guided_distill import (
+    diagnostics,
+    distributed,
+    evaluate,
+    metrics,
+    pictures,
+    preemption,
+    report,
+    rounds,
+    sharding,
+    train,
+)
 from guided_distill.checkpoint import Checkpoints, mark_complete
 from guided_distill.generate import sample_images
 from guided_distill.progress import RunProgress
@@ -36,6 +47,7 @@ def run(config, workdir):
 
 def _judge(this, progress):
     """Measures every model, says what each round lost, and makes the report of it all; returns the summary."""
+    progress.after_work = preemption.stop_if_asked  # what was measured is written, row by row
     summary = evaluate.evaluate(this, progress)
     told = summary.setdefault("diagnostics", {})
     for stage in diagnostics.looked_at(this.stages):

@@ -18,10 +18,11 @@ class RunProgress:
 
     `total` is the work of the whole run. Work that an earlier run did is `skip`ped: it fills the bar and does not count
     for the rate, nor does the first work after `begin`, which waits for programs to be compiled. `enabled=False`, on
-    every process but the first, shows nothing.
+    every process but the first, shows nothing. `after_work`, called after each piece of work, may raise.
     """
 
     def __init__(self, total, *, enabled=True, console=None, clock=time.monotonic):
+        self.after_work = lambda: None
         self._total, self._done, self._worked, self._busy = total, 0.0, 0.0, 0.0
         self._compiling = False
         self._clock_now, self._last, self._last_line = clock, clock(), -_LINE_EVERY_SECONDS
@@ -70,6 +71,7 @@ class RunProgress:
         elif now - self._last_line >= _LINE_EVERY_SECONDS:
             self._last_line = now
             self.say(f"{100 * self._done / self._total:3.0f}%  {title}  {note}".rstrip())
+        self.after_work()
 
     def say(self, text):
         """A line that stays."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +10,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from guided_distill import compilation, guidance, metrics, optim, sharding
-from guided_distill.errors import UserError
+from guided_distill import compilation, guidance, metrics, optim, preemption, sharding
+from guided_distill.errors import Fault, Stopped, UserError
 
-_MAX_SKIPPED = 20  # non-finite updates in a row before a run is given up: more than a spike, and far from an epoch
+# Before a run is given up: more than a spike, and far from an epoch.
+_MAX_SKIPPED = 20  # non-finite updates in a row
+_MAX_EXPLODED = 5  # looks in a row, one per line of the log, at a loss so many times above
+_EXPLODED = 1000.0  # the typical one, and above
+_SCALE = 10.0  # which is more than the mean square of data in [-1, 1], and less than nothing-learnt costs elsewhere
 
 
 def example_keys(key, step, batch_size):
@@ -125,33 +130,40 @@ class Loop:
 def fit(loop, step_fn, state, frozen, batches, knobs, key, *, mesh, checkpoints, make_writer):
     """Trains to `loop.updates` or `loop.is_over`, from the newest checkpoint on; returns the final TrainState, saved.
 
-    `batches` yields this process's rows; `make_writer(restored_step)` opens the metrics. Raises UserError when
-    updates stay non-finite, with the last good state kept.
+    `batches` yields this process's rows; `make_writer(restored_step)` opens the metrics. Raises UserError when updates
+    stay non-finite or the loss explodes, with the last good state kept, Fault when no batch or checkpoint can be had,
+    and Stopped, with the state saved, when `preemption.asked`.
     """
-    restored = checkpoints.restore_newest(state)
+    restored, watch = checkpoints.restore_newest(state), _Watch(loop.name)
     if restored is not None:
-        state, iterator_state = restored
-        batches.set_state(iterator_state)
+        state, saved = restored
+        watch.typical = saved.pop("typical_loss", None)
+        batches.set_state(saved)
     start, pending = int(state.step), None
     loop.on_start(start)
-    with make_writer(start) as writer:
-        report = _Reporter(loop, writer, start)
+    with make_writer(start) as writer, preemption.deferred():
+        report = _Reporter(loop, writer, start, watch)
         # evaluate -> save -> next(batch) -> step -> write the metrics of the step before. A state is saved before the
         # batch that follows it is drawn, so a resumed run draws that very batch; and reading a step's metrics after
         # the next one has been dispatched never makes the device wait. Saving waits for it anyway, and the metrics up
         # to a checkpoint must be written before it: a run that goes on from there does not see them again.
         for step in range(start, loop.updates + 1):
-            done = step == loop.updates or loop.is_over(writer, state, step)
-            if loop.sample_every and (done or step % loop.sample_every == 0) and step != start:
+            stopping = preemption.asked()
+            done = step == loop.updates or (not stopping and loop.is_over(writer, state, step))
+            if loop.sample_every and not stopping and (done or step % loop.sample_every == 0) and step != start:
                 loop.sample(writer, state, step)
-            if (done or step % loop.checkpoint_every == 0) and step != checkpoints.latest_step():
-                report(step, pending, done)
+            if (done or stopping or step % loop.checkpoint_every == 0) and step != checkpoints.latest_step():
+                report(step, pending, done, saving=True)
                 pending = None
-                checkpoints.save(step, state, batches.get_state())
+                writer.flush()
+                if not watch.exploded:
+                    checkpoints.save(step, state, {**batches.get_state(), "typical_loss": watch.typical})
             checkpoints.seal_if_written()
+            if stopping:
+                raise Stopped
             metrics_of_step = None
             if not done:
-                batch = sharding.shard_batch(mesh, next(batches))
+                batch = sharding.shard_batch(mesh, _next(batches, loop.name, step))
                 state, metrics_of_step = step_fn(state, frozen, batch, knobs, key)
             report(step, pending, done)
             pending = metrics_of_step
@@ -160,23 +172,66 @@ def fit(loop, step_fn, state, frozen, batches, knobs, key, *, mesh, checkpoints,
     return state
 
 
-class _Reporter:
-    """Writes and shows the metrics of an update, when they are due; gives up on a run of non-finite gradients."""
+def _next(batches, name, step):
+    try:
+        return next(batches)
+    except UserError:
+        raise
+    except Exception as error:  # Of whatever a file system or a decoder raises, in whatever thread of grain's.
+        raise Fault(
+            f"stage {name}, update {step}: no batch can be read ({type(error).__name__}: {error}); look after the "
+            "data, and the same command goes on from the newest checkpoint"
+        ) from error
 
-    def __init__(self, loop, writer, start):
-        self._loop, self._writer, self._reported = loop, writer, start
-        self._rate = metrics.RateMeter()
+
+class _Watch:
+    """Whether the loss has exploded: by how far it lies above what is typical, for too many looks in a row.
+
+    One such update does little, as gradients are clipped; a run of them is a run that is lost. What is typical is a
+    running geometric mean of the losses that were looked at, kept with each checkpoint. `exploded` counts.
+    """
+
+    def __init__(self, name):
+        self._name, self.typical, self.exploded = name, None, 0
 
     def __call__(self, step, values, last):
+        loss, skipped = values["loss"], values["skipped"]
+        if skipped >= _MAX_SKIPPED:
+            self._give_up(step, f"the last {skipped:.0f} gradients were not finite")
+        if not math.isfinite(loss):
+            return
+        # Below the scale of the data no loss has exploded, however small it was: a student may start as its teacher.
+        if self.typical is not None and loss > _EXPLODED * max(self.typical, _SCALE / _EXPLODED):
+            self.exploded += 1
+            if last or self.exploded >= _MAX_EXPLODED:
+                self._give_up(step, f"the loss is {loss:.3g}, where {self.typical:.3g} was typical")
+            return
+        self.exploded = 0
+        loss = max(loss, 1e-30)
+        self.typical = loss if self.typical is None else self.typical**0.9 * loss**0.1
+
+    def _give_up(self, step, why):
+        raise UserError(
+            f"stage {self._name}, update {step}: {why}; lower its learning_rate. The checkpoints before it are kept"
+        )
+
+
+class _Reporter:
+    """Writes and shows the metrics of an update, when they are due, once `watch` has looked at them."""
+
+    def __init__(self, loop, writer, start, watch):
+        self._loop, self._writer, self._reported, self._watch = loop, writer, start, watch
+        self._rate = metrics.RateMeter()
+
+    def __call__(self, step, values, last, saving=False):
         loop = self._loop
-        if values is None or (step % loop.log_every and not last):
+        due = last or step % loop.log_every == 0
+        if values is None or not (due or saving):
             return
         values = {name: float(value) for name, value in jax.device_get(values).items()}
-        if values["skipped"] >= _MAX_SKIPPED:
-            raise UserError(
-                f"stage {loop.name}, update {step}: the last {values['skipped']:.0f} gradients were not finite; "
-                "lower its learning_rate. The checkpoints before it are kept"
-            )
+        self._watch(step, values, last)
+        if not due:
+            return
         note = f"loss {values['loss']:.4g}"
         steps_per_second = self._rate.update(step)
         if steps_per_second is not None:

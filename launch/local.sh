@@ -6,8 +6,8 @@
 # Type:  launch/local.sh N --config=configs/digits.py [--workdir=DIR] [...]
 #
 # The same command again goes on where the run was interrupted. PORT is where process 0 listens (12355), PROGRAM what is
-# run in place of `python -m guided_distill.main`. When one process fails the others are stopped, and its exit code is
-# that of this script.
+# run in place of `python -m guided_distill.main`. SIGTERM and Ctrl-C make the processes save and end, and the script with
+# them: with 75, after which the same command goes on. When one fails the others are stopped, and its code is the script's.
 set -euo pipefail
 
 if [[ $# -lt 1 || ! $1 =~ ^[1-9][0-9]*$ ]]; then
@@ -20,11 +20,15 @@ read -r -a program <<<"${PROGRAM:-python -m guided_distill.main}"
 
 pids=()
 stop() {
-  kill "${pids[@]}" 2>/dev/null || true
+  kill -TERM "${pids[@]}" 2>/dev/null || true
+  for ((tenths = 0; tenths < 100; tenths++)); do
+    kill -0 "${pids[@]}" 2>/dev/null || break
+    sleep 0.1
+  done
+  kill -KILL "${pids[@]}" 2>/dev/null || true
 }
-trap stop EXIT
-trap 'exit 143' TERM
-trap 'exit 130' INT
+told=
+trap 'told=yes; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 
 for ((id = 0; id < processes; id++)); do
   environment=()
@@ -36,6 +40,22 @@ for ((id = 0; id < processes; id++)); do
   pids+=($!)
 done
 
+result=0
 for ((ended = 0; ended < processes; ended++)); do
-  wait -n || exit $?
+  code=0
+  wait -n || code=$?
+  while [[ -n $told ]]; do # a signal interrupted the wait, and none may have ended
+    told=
+    code=0
+    wait -n || code=$?
+  done
+  case $code in
+    0 | 127) ;; # 127: none is left
+    75) result=75 ;;
+    *)
+      stop
+      exit "$code"
+      ;;
+  esac
 done
+exit "$result"

@@ -9,7 +9,9 @@
 #
 # To make a slice of v5e:16x16:
 #        gcloud compute tpus tpu-vm create my-slice --zone=us-west4-a --accelerator-type=v5litepod-256 --version=v2-alpha-tpuv5-lite
-# The same command again goes on where the run was interrupted, on this slice or on another.
+# The same command again goes on where the run was interrupted, on this slice or on another: at once after exit code 75,
+# with which it ends when it was told to stop and has saved, and when the cause is mended after 1 (the machine) or 2 (a
+# mistake in the command).
 set -euo pipefail
 
 : "${TPU_NAME:?the name of the slice}" "${ZONE:?its zone}"
@@ -34,9 +36,10 @@ case "${1:-}" in
       .venv/bin/pip install -q -e '.[tpu]' gcsfs -c constraints.txt"
     ;;
   *)
-    # What an interrupted connection left running holds the chips: it is stopped first.
+    # What an interrupted connection left running holds the chips: it is told to save and stop first.
     printf -v arguments '%q ' "$@"
-    on_all_workers "cd guided_distill && if [ -f run.pid ]; then kill -TERM -\"\$(cat run.pid)\" 2>/dev/null; sleep 30; fi
+    on_all_workers "cd guided_distill && if [ -f run.pid ]; then kill -TERM -\"\$(cat run.pid)\" 2>/dev/null &&
+      timeout 120 tail --pid=\"\$(cat run.pid)\" -f /dev/null; kill -KILL -\"\$(cat run.pid)\" 2>/dev/null; fi
       setsid .venv/bin/python -m guided_distill.main --coordinator=auto $arguments & echo \$! > run.pid; wait \$!"
     ;;
 esac

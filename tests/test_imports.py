@@ -24,6 +24,7 @@ LEVEL = {
     "factories": 1,
     "models": 1,
     "pictures": 1,
+    "preemption": 1,
     "plots": 1,
     "progress": 1,
     "guidance": 2,
