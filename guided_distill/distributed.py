@@ -1,8 +1,11 @@
-"""Several processes as one run: found out from the cluster's environment, or told."""
+"""Several processes as one run: found out from the cluster's environment, or told; and of one mind about files."""
 
+import json
 import os
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from guided_distill.errors import UserError
 
@@ -12,6 +15,38 @@ def initialise(coordinator=None, num_processes=None, process_id=None):
     arguments = arguments_of(coordinator, num_processes, process_id, os.environ)
     if arguments is not None:
         jax.distributed.initialize(**arguments)
+
+
+def is_main():
+    """Whether this process is the one that writes the files."""
+    return jax.process_index() == 0
+
+
+def agreed(make):
+    """What make() says on process 0, a JSON value, on every process; a UserError that it raises there too.
+
+    For whatever is read from files, which process 0 writes: each process for itself might read before or after that.
+    """
+    if jax.process_count() == 1:
+        return make()
+    said = {}
+    if is_main():
+        try:
+            said = {"value": make()}
+        except UserError as error:
+            said = {"error": str(error)}
+    text = np.frombuffer(json.dumps(said).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    text = multihost_utils.broadcast_one_to_all(np.resize(text, length))
+    said = json.loads(np.asarray(text, np.uint8).tobytes())
+    if "error" in said:
+        raise UserError(said["error"])
+    return said["value"]
+
+
+def of_main(tree):
+    """A tree of host arrays as process 0 has it, on every process."""
+    return multihost_utils.broadcast_one_to_all(tree) if jax.process_count() > 1 else tree
 
 
 def arguments_of(coordinator, num_processes, process_id, environment):

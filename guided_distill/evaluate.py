@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from guided_distill import pictures
+from guided_distill import distributed, pictures
 from guided_distill.errors import UserError
 from guided_distill.evaluation import pixels
 from guided_distill.evaluation.measure import name_of
@@ -38,14 +38,10 @@ def evaluate(run, progress):
     keys = [entry.key(w) for entry in entries for w in entry.strengths(run.experiment.evaluate)]
     yardsticks = make_yardsticks(run.experiment, run.dataset, _directory(run), run.mesh, progress.say)
     provenance = provenance_of(yardsticks)
-    found = _earlier(run)
-    rows = {
-        tuple(row[key] for key in _ROW_KEY): row
-        for row in found.get("rows", [])
-        if (run.workdir / row["picture"]).exists() and row.items() >= provenance.items()
-    }
+    found, kept, drawn = distributed.agreed(lambda: _earlier(run, provenance))
+    rows = {tuple(row[key] for key in _ROW_KEY): row for row in kept}
     whole = found.get("evaluate") == _settings(run.experiment.evaluate) and all(key in rows for key in keys)
-    if whole and (run.workdir / "comparison.png").exists():
+    if whole and drawn:
         progress.skip(work(run.experiment, run.stages))
         progress.say_table(_table(found))
         return found
@@ -53,8 +49,9 @@ def evaluate(run, progress):
     if run.is_main and not rows:
         # What was measured in another way goes with its summary: rows must not meet samples of other settings.
         forget(run.workdir)
-    (run.workdir / "comparison.png").unlink(missing_ok=True)  # it is made when all rows are there
-    _directory(run).mkdir(parents=True, exist_ok=True)
+    if run.is_main:
+        (run.workdir / "comparison.png").unlink(missing_ok=True)  # it is made when all rows are there
+        _directory(run).mkdir(parents=True, exist_ok=True)
     summary, said = {**found, **_told(run, yardsticks)}, set()
     for entry, w, row in _measured(run, entries, rows, yardsticks, progress):
         rows[entry.key(w)] = row
@@ -137,11 +134,11 @@ def _drawn(run, entry, params, w, *, num, num_steps):
 def _reference_images(run, reference, w):
     """The reference teacher's first images for a w, f16: drawn again only where they are not on disk any more."""
     path = _directory(run) / f"{reference.file(w)}.images.npy"
-    if not path.exists():
-        num = min(run.experiment.evaluate.num_samples, _COMPARED)
-        batches = _drawn(run, reference, run.params_of(reference.stage), w, num=num, num_steps=reference.num_steps)
-        _save_images(path, np.concatenate([x for _, _, x, _ in batches]))
-    return np.load(path, allow_pickle=False)
+    if distributed.agreed(path.exists):
+        return np.load(path, allow_pickle=False)
+    num = min(run.experiment.evaluate.num_samples, _COMPARED)
+    batches = _drawn(run, reference, run.params_of(reference.stage), w, num=num, num_steps=reference.num_steps)
+    return _keep_images(run, path, np.concatenate([x for _, _, x, _ in batches]))
 
 
 def _measure_row(run, entry, params, w, yardsticks, asked, progress):
@@ -161,7 +158,7 @@ def _measure_row(run, entry, params, w, yardsticks, asked, progress):
         progress.advance(len(index) * entry.calls, f"evaluating {entry.label}", f"w {w:g}")
     kept = np.concatenate(kept)
     if entry.reference:
-        _save_images(_directory(run) / f"{entry.file(w)}.images.npy", kept)
+        _keep_images(run, _directory(run) / f"{entry.file(w)}.images.npy", kept)
         distances = [np.zeros(len(kept))]
     _keep_pictures(run, entry, w, kept[: _num_shown(run)])
     measured = measure_by(yardsticks, parts, config.seed, f"{entry.label}, w {w:g}")
@@ -176,16 +173,19 @@ def _num_shown(run):
 
 
 def _keep_pictures(run, entry, w, x):
+    _keep_images(run, _directory(run) / f"{entry.file(w)}.npy", x)
     if run.is_main:
-        _save_images(_directory(run) / f"{entry.file(w)}.npy", x)
         pictures.save_png(_directory(run) / f"{entry.file(w)}.png", pictures.strip(x))
 
 
-def _save_images(path, x):
-    """As half precision, which holds an image to 1e-3 of its range, and 5,000 of them in a file."""
-    buffer = io.BytesIO()
-    np.save(buffer, x.astype(np.float16))
-    write_whole(path, buffer.getvalue())
+def _keep_images(run, path, x):
+    """Half precision, which holds an image to 1e-3 of its range and 5,000 of them in a file: written, and returned."""
+    x = x.astype(np.float16)
+    if run.is_main:
+        buffer = io.BytesIO()
+        np.save(buffer, x)
+        write_whole(path, buffer.getvalue())
+    return x
 
 
 def _row(run, entry, w, seconds, measured, yardsticks):
@@ -225,7 +225,15 @@ def _settings(config):
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def _earlier(run):
+def _earlier(run, provenance):
+    """(the summary that is there, those of its rows that are kept, whether their picture is there)."""
+    found = _earlier_summary(run)
+    kept = (row for row in found.get("rows", []) if (run.workdir / row["picture"]).exists())
+    rows = [row for row in kept if row.items() >= provenance.items()]
+    return found, rows, (run.workdir / "comparison.png").exists()
+
+
+def _earlier_summary(run):
     """The summary that is there, or {} where it was measured in another way or by a version that measured less."""
     path = run.workdir / "summary.json"
     if not path.exists():

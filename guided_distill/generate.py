@@ -48,4 +48,4 @@ def sample_images(
         keys, cond = sharding.spread(mesh, (keys, cond))
         x = sample(params, grid, keys, cond, jnp.asarray(num_steps, jnp.int32))
         kept = min(batch_size, num - start)
-        yield index[:kept], np.asarray(label)[:kept], np.asarray(x)[:kept]
+        yield index[:kept], np.asarray(label)[:kept], sharding.to_host(x)[:kept]

@@ -20,9 +20,18 @@ def _dispatch():
     if flag.MODE.value == "plan" or flag.DRY_RUN.value:
         _plan(config)
         return
-    from guided_distill import distributed, measure_files, pipeline, preemption, prepare_data, transfer
+    from guided_distill import (
+        compilation,
+        distributed,
+        measure_files,
+        pipeline,
+        preemption,
+        prepare_data,
+        transfer,
+    )
     from guided_distill.experiment import from_config
 
+    compilation.keep_programs()
     distributed.initialise(flag.COORDINATOR.value, flag.NUM_PROCESSES.value, flag.PROCESS_ID.value)
     preemption.listen()
     workdir = flag.WORKDIR.value or flag.default_workdir()

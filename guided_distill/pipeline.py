@@ -7,7 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from guided_distill import diagnostics, evaluate, metrics, pictures, preemption, report, rounds, sharding, train
+from guided_distill import (
+    diagnostics,
+    distributed,
+    evaluate,
+    metrics,
+    pictures,
+    preemption,
+    report,
+    rounds,
+    sharding,
+    train,
+)
 from guided_distill.checkpoint import Checkpoints, mark_complete
 from guided_distill.generate import sample_images
 from guided_distill.progress import RunProgress
@@ -22,10 +33,11 @@ def run(config, workdir):
     """The whole chain: every stage that is not finished, then the evaluation. The same call again goes on."""
     this = open_run(config, workdir)
     rounds.check_plans(this)
+    finished = distributed.agreed(lambda: [stage.name for stage in this.stages if this.finished(stage)])
     training = sum(stage.work_per_update * stage.training.updates for stage in this.stages)
     with RunProgress(training + _work_of_judging(this), enabled=this.is_main) as progress:
         for stage in this.stages:
-            if this.finished(stage):
+            if stage.name in finished:
                 progress.skip(stage.work_per_update * stage.training.updates)
                 progress.say(f"{stage.name}: already trained")
             else:

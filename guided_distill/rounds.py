@@ -12,7 +12,7 @@ import math
 import jax
 import numpy as np
 
-from guided_distill import sharding, train
+from guided_distill import distributed, sharding, train
 from guided_distill.data import make_batches, read_records
 from guided_distill.errors import UserError
 from guided_distill.files import read_json, write_whole
@@ -93,7 +93,7 @@ class Gate:
         if self._gap is None or not every:
             return False
         if self._history is None:
-            lines = read_metrics(self._stage.directory(self._run.workdir))
+            lines = distributed.agreed(lambda: read_metrics(self._stage.directory(self._run.workdir)))
             self._history = {line["step"]: line["gap"] for line in lines if "gap" in line and line["step"] <= step}
         if step % every:
             return False
@@ -146,9 +146,8 @@ def settle(run, stage, frozen, params):
     if run.experiment.rounds.plan == "fixed" or not stage.series:
         return stage
     path = _plan_path(run, stage)
-    if path.exists():
-        plan = read_json(path)
-    else:
+    plan = distributed.agreed(lambda: read_json(path) if path.exists() else None)
+    if plan is None:
         plan = _make_plan(run, stage, frozen, params)
         if run.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +163,9 @@ def _plan_path(run, stage):
 def _make_plan(run, stage, frozen, params):
     rounds = _rounds_of(run, stage)
     first = _plan_path(run, rounds[0])
-    opening = read_json(first)["opening_gaps"] if stage is not rounds[0] and first.exists() else None
+    opening = None
+    if stage is not rounds[0]:
+        opening = distributed.agreed(lambda: read_json(first)["opening_gaps"] if first.exists() else None)
     opening = opening or _opening_gaps(run, rounds)
     probes = _probe(run, stage, frozen, params)
     if not any(map(math.isfinite, probes.values())):

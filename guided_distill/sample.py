@@ -37,6 +37,8 @@ def sample(config, workdir, *, num_steps, series, w, labels, num, seed, out):
         sampler=stage.sampler,
     )
     index, label, x = (np.concatenate(values) for values in zip(*batches, strict=True))
+    if not this.is_main:
+        return
     try:
         if out.endswith(".png"):
             pictures.save_png(out, pictures.image_grid(x))

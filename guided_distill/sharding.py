@@ -5,6 +5,7 @@ import math
 import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from guided_distill.errors import UserError
@@ -59,7 +60,19 @@ def shardings_of(mesh, tree):
 
 def place(mesh, tree):
     """Puts a tree of host or device arrays where `by_size` says: weights split along "fsdp", the rest everywhere."""
-    return jax.device_put(tree, shardings_of(mesh, tree))
+    return _put(tree, shardings_of(mesh, tree))
+
+
+def _put(tree, shardings):
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    # On processes with one device each, jax.device_put makes arrays of a device's array that know no shards (0.10.2).
+    return jax.jit(lambda tree: tree, out_shardings=shardings)(tree)
+
+
+def replicate(mesh, tree):
+    """Puts a tree of host or device arrays on every device, whole."""
+    return _put(tree, jax.tree.map(lambda _: replicated(mesh), tree))
 
 
 def split(mesh, tree):
@@ -109,7 +122,12 @@ def parts_of_batch(mesh, batch, count):
 
 def spread(mesh, batch):
     """Puts a tree of [B, ...] that every process holds whole on the devices, split along B."""
-    return jax.device_put(batch, batched(mesh))
+    return _put(batch, jax.tree.map(lambda _: batched(mesh), batch))
+
+
+def to_host(array):
+    """A global array, which other processes may hold parts of, as a NumPy array on every process."""
+    return np.asarray(array) if jax.process_count() == 1 else multihost_utils.process_allgather(array, tiled=True)
 
 
 def shard_batch(mesh, local_batch):

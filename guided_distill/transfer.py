@@ -7,7 +7,6 @@ import dataclasses
 import json
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
@@ -129,11 +128,11 @@ def _through(encoding, decoding, make, num_steps, data, w):
     def run(network, sampler, z, strength):
         static, params = network
         cond = {"label": jnp.asarray(data["label"]), "w": jnp.full(len(z), strength, jnp.float32)}
-        z, cond = jax.device_put((z, cond), sharding.batched(mesh))
+        z, cond = sharding.spread(mesh, (z, cond))
         return generate.compiled(static, sampler, mesh)(params, model.grid, None, cond, steps, z)
 
     z = run(model.encoder, samplers.encode, jnp.asarray(data["x"]), 0.0)
-    return np.asarray(run(model.decoder, samplers.deterministic, z, w))
+    return sharding.to_host(run(model.decoder, samplers.deterministic, z, w))
 
 
 def _report(run, found, shown, w, num):

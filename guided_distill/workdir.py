@@ -5,9 +5,7 @@ import functools
 import json
 from typing import Any
 
-import jax
-
-from guided_distill import diffusion, guidance, sharding
+from guided_distill import diffusion, distributed, guidance, sharding
 from guided_distill.checkpoint import find_stage, is_complete, load_eval_params
 from guided_distill.data import load_dataset
 from guided_distill.errors import UserError
@@ -36,7 +34,7 @@ class Run:
     @property
     def is_main(self):
         """Whether this process writes the files."""
-        return jax.process_index() == 0
+        return distributed.is_main()
 
     def stage(self, name):
         """The stage of that name."""
@@ -91,10 +89,15 @@ def open_run(config, workdir, *, create=True) -> Run:
     for name in ("teacher", "stage1"):
         if path := getattr(experiment, name).checkpoint:
             _check_given(config, name, path)
-    _check_same_config(run, config)
+    distributed.agreed(lambda: _check_same_config(run, config))
     if create:
         _ = run.dataset  # loaded before anything is written: a mistake in the data section leaves no workdir behind
-        _claim_workdir(run, config)
+        distributed.agreed(lambda: _claim_workdir(run, config))
+        if not (run.workdir / "config.json").exists():
+            raise UserError(
+                f"{run.workdir}: process 0 wrote config.json there, and this one does not see it; "
+                "all processes need one workdir on storage that they share"
+            )
     return run
 
 
@@ -145,8 +148,7 @@ def _check_same_config(run, config):
 
 def _claim_workdir(run, config):
     try:
-        if run.is_main:
-            run.workdir.mkdir(parents=True, exist_ok=True)
-            write_whole(run.workdir / "config.json", json.dumps(config, indent=2) + "\n")
+        run.workdir.mkdir(parents=True, exist_ok=True)
+        write_whole(run.workdir / "config.json", json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"workdir {run.workdir} cannot be written: {error.strerror or error}") from error

@@ -4,7 +4,10 @@ All of it goes through the environment, before jax is first imported, so that pr
 """
 
 import os
+import socket
 from pathlib import Path
+
+import pytest
 
 # Eight devices share few cores: one may reach a collective so long after the others that XLA would abort the process.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -21,3 +24,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".cache" / "jax")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+
+@pytest.fixture(scope="session")
+def free_port():
+    """() -> a port of this machine that nobody listens at."""
+
+    def find():
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return probe.getsockname()[1]
+
+    return find

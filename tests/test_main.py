@@ -182,3 +182,18 @@ def test_a_batch_that_does_not_divide_over_the_devices(tmp_path):
 
 def test_summary_is_json_all_tools_can_read(finished):
     assert json.loads((finished / "summary.json").read_text())["rows"]
+
+
+@pytest.mark.slow
+def test_a_second_start_finds_its_programs_compiled(finished, tmp_path):
+    line, options = command(*TINY, f"--workdir={finished}", "--mode=sample", "--num_steps=2", f"--out={tmp_path}/x.png")
+    ours = {"XDG_CACHE_HOME": str(tmp_path), "JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
+    theirs = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    options["env"] = {key: value for key, value in options["env"].items() if key not in theirs} | ours
+    missed = []
+    for _ in range(2):
+        done = subprocess.run(line, capture_output=True, **options)
+        assert done.returncode == 0, done.stderr
+        missed.append(done.stderr.count("seconds to compile") - done.stderr.count("because it took <"))
+    assert missed[0] > 0 == missed[1]
+    assert len(list((tmp_path / "guided_distill" / "programs").iterdir())) >= missed[0]

@@ -74,15 +74,15 @@ def compute(network: FeatureNetwork, x, *, batch_size: int, mesh=None) -> tuple[
     """
     mesh = mesh or sharding.make_mesh(jax.devices()[:1])
     sharding.check_batch(mesh, "batch_size", batch_size)
-    whole, split = jax.device_put(network.params, sharding.replicated(mesh)), sharding.batched(mesh)
+    whole, split = sharding.replicate(mesh, network.params), sharding.batched(mesh)
     # jit finds the program of an earlier call again, as `apply` is the same object.
     program = jax.jit(network.apply, out_shardings=split, compiler_options=compilation.compiler_options(mesh))
     batches = []
     for start in range(0, len(x), batch_size):
         rows = np.asarray(x[start : start + batch_size], np.float32)
         padded = np.concatenate([rows, np.zeros((batch_size - len(rows), *rows.shape[1:]), np.float32)])
-        outputs = program(whole, jax.device_put(padded, split))
-        batches.append([np.asarray(values)[: len(rows)] for values in outputs])
+        outputs = program(whole, sharding.spread(mesh, padded))
+        batches.append([sharding.to_host(values)[: len(rows)] for values in outputs])
     features, logits = (np.concatenate(values) for values in zip(*batches, strict=True))
     return features, logits
 

@@ -8,11 +8,13 @@ import dataclasses
 import hashlib
 import json
 
+import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from guided_distill import distributed
 from guided_distill.data import read_range, read_records
 from guided_distill.errors import UserError
 from guided_distill.evaluation import reference as references
@@ -129,14 +131,15 @@ def _of(network, data):
 def _own_reference(network, data, dataset, directory, mesh, say):
     path = directory / f"reference_{network.name}.npz"
     source = f"{data.name}/{data.train_split} ({len(dataset.train)} images)"
-    if path.exists():
+    if distributed.agreed(path.exists):
         kept = references.load(path)
         if {key: getattr(kept, key) for key in _of(network, data)} == _of(network, data) and kept.source == source:
             return kept
     say(f"statistics of {source} by {network.name}")
     made = _reference_of(network, dataset.train, mesh, {"source": source, **_of(network, data)})
-    directory.mkdir(parents=True, exist_ok=True)
-    references.save(path, made)
+    if distributed.is_main():
+        directory.mkdir(parents=True, exist_ok=True)
+        references.save(path, made)
     return made
 
 
@@ -171,15 +174,17 @@ def _own_classifier(experiment, dataset, directory, say):
         "updates": config.classifier_updates,
     }
     key = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()
-    if path.exists():
+    if distributed.agreed(path.exists):
         values, metadata = _read(path)
         if metadata.get("key") == key:
             return classifier_network(unflatten_dict(values, sep="/")), float(metadata["test_accuracy"])
     say("training the classifier that measures")
     params, accuracy = _train_classifier(config, dataset)
-    directory.mkdir(parents=True, exist_ok=True)
-    values = {name: np.asarray(value) for name, value in flatten_dict(params, sep="/").items()}
-    write_whole(path, safetensors.numpy.save(values, {"key": key, "test_accuracy": repr(accuracy)}))
+    params, accuracy = distributed.of_main(jax.device_get(params)), distributed.agreed(lambda: accuracy)
+    if distributed.is_main():
+        directory.mkdir(parents=True, exist_ok=True)
+        values = {name: np.asarray(value) for name, value in flatten_dict(params, sep="/").items()}
+        write_whole(path, safetensors.numpy.save(values, {"key": key, "test_accuracy": repr(accuracy)}))
     return classifier_network(params), accuracy
 
 
