@@ -14,7 +14,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from guided_distill.errors import Fault, UserError
-from guided_distill.files import absolute, write_whole
+from guided_distill.files import absolute, in_bucket, write_whole
 
 _log = logging.getLogger(__name__)
 COMPLETE = "STAGE_COMPLETE"
@@ -117,9 +117,14 @@ class Checkpoints:
         return None
 
     def _move_aside(self, step, damage):
-        where, aside = _step_dir(self._stage_dir, step), self._stage_dir / "damaged"
-        aside.mkdir(parents=True, exist_ok=True)
-        where.rename(aside / f"{step}_{time.time_ns()}")
+        where, aside = _step_dir(self._stage_dir, step), self._stage_dir / "damaged" / f"{step}_{time.time_ns()}"
+        if in_bucket(where):  # where there are no directories, neither to make nor to rename
+            for file in _files(where):
+                file.copy(aside / file.relative_to(where))
+            where.rmtree()
+        else:
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            where.rename(aside)
         _checksums_path(self._stage_dir, step).unlink(missing_ok=True)
         then = "going back to the one before it" if _steps(self._stage_dir) else "starting this stage over"
         _log.warning("checkpoint %s cannot be read (%s); %s", where, damage, then)

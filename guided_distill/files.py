@@ -1,17 +1,57 @@
 """Writing a file so that a reader, or a process killed half-way, never leaves or finds half of one; reading JSON."""
 
 import contextlib
+import io
 import json
 import os
+import time
 
 from etils import epath
 
 from guided_distill.errors import UserError
 
+_PUT_EVERY_SECONDS = 60.0
+
+
+def in_bucket(path: epath.PathLike) -> bool:
+    """Whether a path is of an object store, such as gs://, where nothing can be appended to or is seen half written."""
+    return "://" in os.fspath(path)
+
+
+class BucketFile:
+    """A binary file of an object store, open for writing: kept in memory and put there whole, again and again.
+
+    flush() puts it there at most once a minute and MiB, put() at once.
+    """
+
+    def __init__(self, path: epath.PathLike, clock=time.monotonic):
+        self._path, self._content, self._clock = epath.Path(path), io.BytesIO(), clock
+        self._put, self._put_at = 0, clock()
+
+    def write(self, data: bytes) -> None:
+        """Appends."""
+        self._content.write(data)
+
+    def flush(self) -> None:
+        """Puts it there if that is due."""
+        if self._clock() - self._put_at >= _PUT_EVERY_SECONDS * max(1, self._content.tell() / 2**20):
+            self.put()
+
+    def put(self) -> None:
+        """Puts it there, unless it is."""
+        if self._content.tell() != self._put:
+            self._path.write_bytes(self._content.getvalue())
+            self._put = self._content.tell()
+        self._put_at = self._clock()
+
+    def close(self) -> None:
+        """Puts it there."""
+        self.put()
+
 
 def absolute(path: epath.PathLike) -> epath.Path:
     """A path that does not depend on the working directory, as Orbax wants it; buckets stay as they are."""
-    return epath.Path(path if "://" in os.fspath(path) else os.path.abspath(os.path.expanduser(path)))
+    return epath.Path(path if in_bucket(path) else os.path.abspath(os.path.expanduser(path)))
 
 
 def read_json(path: epath.PathLike):

@@ -13,11 +13,12 @@ import time
 import numpy as np
 from clu.parameter_overview import get_parameter_overview
 from etils import epath
-from tensorboardX import summary
+from tensorboardX import record_writer, summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from guided_distill.errors import UserError
+from guided_distill.errors import Fault, UserError
+from guided_distill.files import BucketFile, in_bucket, naming, write_whole
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -25,10 +26,13 @@ METRICS_FILE = "metrics.jsonl"
 class MetricWriter:
     """Writes scalars, images and texts of one stage to TensorBoard and the scalars to `metrics.jsonl` as well.
 
+    In a bucket both are a segment for each time the run goes on, put there every minute and at every `flush`.
+
     `restored_step` is the step of the checkpoint that the run goes on from, 0 for a run that starts over: what `logdir`
     holds of later steps (of all steps, at 0) is dropped, since those steps are about to be written again.
     `enabled=False`, on every process but the first, makes each call do nothing.
-    Raises UserError when an earlier `metrics.jsonl` holds a line that is not a metrics line. Usable in a `with` block.
+    Raises UserError when an earlier `metrics.jsonl` holds a line that is not a metrics line, and Fault, from scalars(),
+    when it is gone. Usable in a `with` block.
     """
 
     def __init__(self, logdir: epath.PathLike, *, restored_step: int = 0, enabled: bool = True):
@@ -37,9 +41,14 @@ class MetricWriter:
             return
         logdir = epath.Path(logdir)
         logdir.mkdir(parents=True, exist_ok=True)
-        _drop_lines_after(logdir / METRICS_FILE, restored_step)
-        # Line buffered: kill -9 may then tear the last line and lose no other.
-        self._lines = open(logdir / METRICS_FILE, "a", encoding="utf-8", buffering=1)
+        for path in _metrics_files(logdir):
+            _drop_lines_after(path, restored_step)
+        self._objects = []  # of a bucket, each written by this process alone
+        self._path = _segment(logdir) if in_bucket(logdir) else logdir / METRICS_FILE
+        # Flushed with each line: kill -9 may then tear the last one and lose no other.
+        self._lines = self._object(self._path) if in_bucket(logdir) else open(self._path, "ab")
+        for scheme in ("gs", "s3", "az"):
+            record_writer.register_writer_factory(scheme, _Objects(self._object))
         # tensorboardX names its file by the second and truncates: a quick restart would wipe the segment before it.
         segment = sum(1 for _ in logdir.glob("events.out.tfevents.*"))
         self._events = EventsWriter(str(logdir / "events"), filename_suffix=f".{segment:04d}")
@@ -55,10 +64,15 @@ class MetricWriter:
         values = {name: float(value) for name, value in values.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         line = json.dumps({"step": int(step), "time": time.time(), **finite}, allow_nan=False)
-        self._lines.write(line + "\n")
-        for name, value in values.items():
-            self._write_event(step, summary.scalar(name, value))
-        self.flush()
+        if not in_bucket(self._path) and not self._path.exists():
+            # What is open can still be written to, and would be lost.
+            raise Fault(f"{self._path} is gone; bring the workdir back, or start in another")
+        with naming(self._path):
+            self._lines.write((line + "\n").encode())
+            for name, value in values.items():
+                self._write_event(step, summary.scalar(name, value))
+            self._lines.flush()
+            self._events.flush()
 
     def images(self, step: int, images: dict[str, np.ndarray]) -> None:
         """Writes named pictures, uint8[H,W,C] with one or three channels."""
@@ -75,11 +89,14 @@ class MetricWriter:
             self._write_event(step, summary.text(name, textwrap.indent(text, "    ")))
 
     def flush(self) -> None:
-        """Hands everything written so far to the file system."""
+        """Hands everything written so far to the file system or the bucket."""
         if not self._enabled:
             return
-        self._lines.flush()
-        self._events.flush()
+        with naming(self._path):
+            self._lines.flush()
+            self._events.flush()
+            for file in self._objects:
+                file.put()
 
     def close(self) -> None:
         """Writes what is left and closes the files."""
@@ -94,17 +111,36 @@ class MetricWriter:
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self.close()
+        except OSError:
+            if kind is None:  # else what went wrong first is what to tell
+                raise
+
+    def _object(self, path) -> BucketFile:
+        self._objects.append(BucketFile(path))
+        return self._objects[-1]
+
+
+class _Objects:
+    """How tensorboardX opens files of a bucket: as `make` does."""
+
+    def __init__(self, make):
+        self.open = make
+
+    def directory_check(self, path):
+        pass
 
 
 def read_metrics(logdir: epath.PathLike) -> list[dict]:
     """The lines of `metrics.jsonl` in the order of writing, without a torn last one; empty where there is no file.
 
-    A value that was not finite is None. Raises UserError for a line that is not a metrics line.
+    In a bucket, those of its segments one after the other. A value that was not finite is None. Raises UserError for a
+    line that is not a metrics line.
     """
-    path = epath.Path(logdir) / METRICS_FILE
-    return [_parse(path, number, line) for number, line in _whole_lines(path)]
+    files = _metrics_files(epath.Path(logdir))
+    return [_parse(path, number, line) for path in files for number, line in _whole_lines(path)]
 
 
 def parameter_overview(params) -> str:
@@ -124,6 +160,17 @@ class RateMeter:
         now, last = self._clock(), self._last
         self._last = (step, now)
         return None if last is None else (step - last[0]) / (now - last[1])
+
+
+def _metrics_files(logdir: epath.Path) -> list[epath.Path]:
+    """`metrics.jsonl`, or in a bucket a segment `metrics.<number>.jsonl` for each time the run went on."""
+    whole = [logdir / METRICS_FILE] if (logdir / METRICS_FILE).exists() else []
+    return whole + sorted(logdir.glob("metrics.*.jsonl"))
+
+
+def _segment(logdir: epath.Path) -> epath.Path:
+    numbers = [int(path.name.split(".")[1]) for path in logdir.glob("metrics.*.jsonl")]
+    return logdir / f"metrics.{max(numbers, default=-1) + 1:04d}.jsonl"
 
 
 def _whole_lines(path: epath.Path) -> list[tuple[int, str]]:
@@ -152,6 +199,4 @@ def _drop_lines_after(path: epath.Path, restored_step: int) -> None:
         return
     numbered = _whole_lines(path) if restored_step else []
     kept = [line + "\n" for number, line in numbered if _parse(path, number, line)["step"] <= restored_step]
-    temporary = path.parent / (path.name + ".tmp")
-    temporary.write_bytes("".join(kept).encode())
-    temporary.replace(path)
+    write_whole(path, "".join(kept))
