@@ -73,7 +73,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _list(self, bucket, query):
         prefix = f"/{bucket}/{query.get('prefix', '')}"
-        first, last = (f"/{bucket}/{query.get(key, end)}" for key, end in (("startOffset", ""), ("endOffset", "\uffff")))
+        first = f"/{bucket}/{query.get('startOffset', '')}"
+        last = f"/{bucket}/{query.get('endOffset', chr(0xFFFF))}"
         names = sorted(name for name in Bucket.store if name.startswith(prefix) and first <= name < last)
         items = [{"name": name.removeprefix(f"/{bucket}/"), "size": str(Bucket.store[name].size)} for name in names]
         self._reply(200, json.dumps({"items": items}).encode())

@@ -96,7 +96,7 @@ class Stopped(Exception):
     pass
 
 
-def fit(directory, step_fn, pieces, *, updates=7, stop_before=None, over_at=None, log_every=1):
+def fit(directory, step_fn, pieces, *, updates=7, stop_before=None, over_at=None, log_every=1, batches=None):
     """Trains in `directory`; raises Stopped when update `stop_before` would be made, as a kill would."""
     mesh, state, frozen, knobs, key = pieces
     calls = {"from": None}
@@ -119,8 +119,7 @@ def fit(directory, step_fn, pieces, *, updates=7, stop_before=None, over_at=None
         on_start=lambda step: None,
         on_step=lambda step, steps, note: None,
     )
-    source = EXPERIMENT.data
-    batches = make_batches(load_dataset(source).train, batch_size=8, seed=1, flip=False)
+    batches = batches or make_batches(load_dataset(EXPERIMENT.data).train, batch_size=8, seed=1, flip=False)
     with Checkpoints(directory) as checkpoints:
         state = train.fit(
             loop,
