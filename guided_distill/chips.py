@@ -80,6 +80,12 @@ def parse_topology(text):
     return Topology(kind, tuple(map(int, sides.split("x"))))
 
 
+def peak_flops(device, dtype):
+    """FLOP/s that the maker states for a device of JAX's; None of a CPU and of a kind that is not listed here."""
+    kind = topology_of(device.device_kind, device.platform, 1).kind
+    return None if kind == "cpu" else CHIPS[kind].flops_per_second(dtype)
+
+
 def topology_of(device_kind, platform, count):
     """The Topology of devices that are there, of the kind that JAX calls `device_kind`; one not known here is "cpu"."""
     name = device_kind.lower().replace(" lite", "e").replace("tpu ", "")

@@ -39,7 +39,7 @@ def _dispatch():
     if flag.SAMPLES.value is not None and flag.MODE.value != "evaluate":
         raise UserError("--samples names what --mode=evaluate measures; give that mode, or drop it")
     if flag.MODE.value == "run":
-        pipeline.run(config, workdir)
+        pipeline.run(config, workdir, trace_updates=flag.PROFILE.value)
     elif flag.MODE.value == "evaluate" and flag.SAMPLES.value is not None:
         measure_files.measure_files(config, workdir, flag.SAMPLES.value)
     elif flag.MODE.value == "reference":

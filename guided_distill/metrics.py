@@ -173,6 +173,19 @@ def _segment(logdir: epath.Path) -> epath.Path:
     return logdir / f"metrics.{max(numbers, default=-1) + 1:04d}.jsonl"
 
 
+def throughput(steps_per_second, batch_size, flops, peak_flops) -> dict[str, float]:
+    """Images a second of all devices, TFLOP a second of each, and their share of the peak where it is known (MFU).
+
+    `flops` are those of an update on one device that the algorithm needs: what is recomputed to save memory is not
+    counted.
+    """
+    found = {
+        "images_per_second": steps_per_second * batch_size,
+        "tflops_per_device": steps_per_second * flops / 1e12,
+    }
+    return found if peak_flops is None else {**found, "mfu": steps_per_second * flops / peak_flops}
+
+
 def _whole_lines(path: epath.Path) -> list[tuple[int, str]]:
     """Numbered lines that end in a newline: what follows the last newline was torn by the end of the process."""
     if not path.exists():

@@ -20,17 +20,22 @@ from guided_distill import (
     train,
 )
 from guided_distill.checkpoint import Checkpoints, mark_complete
+from guided_distill.chips import peak_flops
 from guided_distill.generate import sample_images
+from guided_distill.profiling import make_tracer
 from guided_distill.progress import RunProgress
 from guided_distill.state import check_same_model, make_state, student_params
-from guided_distill.teachers import shapes_of
+from guided_distill.teachers import flops_of_a_call, shapes_of
 from guided_distill.workdir import open_run
 
 _GRID_IMAGES = 64
 
 
-def run(config, workdir):
-    """The whole chain: every stage that is not finished, then the evaluation. The same call again goes on."""
+def run(config, workdir, *, trace_updates=0):
+    """The whole chain: every stage that is not finished, then the evaluation. The same call again goes on.
+
+    Of each stage that is trained, `trace_updates` updates leave a trace for XProf, in profile/ of its directory.
+    """
     this = open_run(config, workdir)
     rounds.check_plans(this)
     finished = distributed.agreed(lambda: [stage.name for stage in this.stages if this.finished(stage)])
@@ -41,7 +46,7 @@ def run(config, workdir):
                 progress.skip(stage.work_per_update * stage.training.updates)
                 progress.say(f"{stage.name}: already trained")
             else:
-                train_stage(this, stage, progress)
+                train_stage(this, stage, progress, trace_updates)
         return _judge(this, progress)
 
 
@@ -69,7 +74,7 @@ def _work_of_judging(this):
     return evaluate.work(this.experiment, this.stages) + diagnostics.work(this.experiment, this.stages)
 
 
-def train_stage(this, stage, progress):
+def train_stage(this, stage, progress, trace_updates=0):
     """Trains one stage to its end, from its newest checkpoint if there is one, and marks it complete."""
     experiment, mesh = this.experiment, this.mesh
     optimiser, planned = stage.training.optimiser, stage.training.updates
@@ -83,7 +88,7 @@ def train_stage(this, stage, progress):
     state = sharding.place(mesh, make_state(params, optimiser))
     with Checkpoints(directory, keep=experiment.checkpoint.keep) as checkpoints:
         state = train.fit(
-            _loop(this, stage, progress, gate.is_over),
+            _loop(this, stage, progress, gate.is_over, make_tracer(directory / "profile", trace_updates)),
             rounds.step_of(this, stage),
             state,
             frozen,
@@ -138,8 +143,9 @@ def _make_writer(this, stage, overview, restored_step):
     return writer
 
 
-def _loop(this, stage, progress, is_over):
+def _loop(this, stage, progress, is_over, trace):
     experiment, training = this.experiment, stage.training
+    dtype = getattr(experiment.model, "dtype", "float32")
 
     def on_start(step):
         progress.begin()
@@ -157,6 +163,9 @@ def _loop(this, stage, progress, is_over):
         sample_every=experiment.log.sample_every,
         sample=functools.partial(_write_samples, this, stage),
         is_over=is_over,
+        flops=stage.work_per_update * flops_of_a_call(stage.model, shapes_of(stage.init)) / this.mesh.size,
+        peak_flops=peak_flops(this.mesh.devices.flat[0], dtype),
+        trace=trace,
         on_start=on_start,
         on_step=on_step,
     )

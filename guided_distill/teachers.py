@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from guided_distill import guidance, sharding
+from guided_distill import costs, guidance, sharding
 from guided_distill.checkpoint import find_stage, load_eval_params
 from guided_distill.diffusion import PARAMETERISATIONS
 from guided_distill.errors import UserError
@@ -64,6 +64,17 @@ def initial_params(experiment, w_conditioned, key, mesh=None, parameterisation=N
 def shapes_of(init):
     """The tree of parameters that `init` makes of a key, as ShapeDtypeStructs: nothing is computed."""
     return jax.eval_shape(init, jax.random.key(0))
+
+
+def flops_of_a_call(model, params):
+    """Operations of one forward pass of one example through a network, counted from shapes (costs.py).
+
+    `params` may be shapes; members of an ensemble count one by one.
+    """
+    row = jax.ShapeDtypeStruct((1,), jnp.float32)
+    z = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
+    cond = {"label": jax.ShapeDtypeStruct((1,), jnp.int32), "w": row}
+    return costs.cost_of(model.model_fn, params, z, row, cond).flops / model.members
 
 
 def load_teacher(path):

@@ -123,6 +123,9 @@ class Loop:
     sample_every: int  # 0: never
     sample: Callable[[Any, Any, int], None]  # (writer, state, step): a look at the student on the way
     is_over: Callable[[Any, Any, int], bool]  # (writer, state, step): whether to end before all updates are made
+    flops: float  # of an update, recomputation apart, of one device
+    peak_flops: float | None  # that a device can do in a second; None where nobody says
+    trace: Callable[[int, bool], None]  # (updates since the start, whether the loop ends here)
     on_start: Callable[[int], None]  # (step it goes on from)
     on_step: Callable[[int, int, str], None]  # (step, steps since the last call, note): progress
 
@@ -159,6 +162,7 @@ def fit(loop, step_fn, state, frozen, batches, knobs, key, *, mesh, checkpoints,
                 if not watch.exploded:
                     checkpoints.save(step, state, {**batches.get_state(), "typical_loss": watch.typical})
             checkpoints.seal_if_written()
+            loop.trace(step - start, done or stopping)
             if stopping:
                 raise Stopped
             metrics_of_step = None
@@ -235,8 +239,10 @@ class _Reporter:
         note = f"loss {values['loss']:.4g}"
         steps_per_second = self._rate.update(step)
         if steps_per_second is not None:
-            values["images_per_second"] = steps_per_second * loop.batch_size
-            note += f"  {values['images_per_second']:.0f} images/s"
+            values |= metrics.throughput(steps_per_second, loop.batch_size, loop.flops, loop.peak_flops)
+            note += f"  {values['images_per_second']:.0f} images/s  {values['tflops_per_device']:.3g} TFLOP/s a device"
+            if "mfu" in values:
+                note += f"  MFU {values['mfu']:.0%}"
         self._writer.scalars(step, values)
         loop.on_step(step, step - self._reported, note)
         self._reported = step

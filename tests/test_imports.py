@@ -26,6 +26,7 @@ LEVEL = {
     "pictures": 1,
     "preemption": 1,
     "plots": 1,
+    "profiling": 1,
     "progress": 1,
     "guidance": 2,
     "samplers": 3,

@@ -11,7 +11,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from guided_distill.errors import UserError
-from guided_distill.metrics import MetricWriter, RateMeter, parameter_overview, read_metrics
+from guided_distill.metrics import MetricWriter, RateMeter, parameter_overview, read_metrics, throughput
 
 
 def events(logdir: Path) -> list[Event]:
@@ -167,3 +167,9 @@ def test_rate_leaves_out_what_came_before_the_first_call():
 def test_import_brings_no_tensorflow():
     program = "import sys, guided_distill.metrics; print({'tensorflow', 'clu.metric_writers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", program], check=True, capture_output=True).stdout == b"set()\n"
+
+
+def test_throughput_is_that_of_a_device_and_its_share_of_the_peak():
+    found = throughput(4.0, 32, 5e12, 1e14)
+    assert found == {"images_per_second": 128.0, "tflops_per_device": 20.0, "mfu": 0.2}
+    assert "mfu" not in throughput(4.0, 32, 5e12, None)

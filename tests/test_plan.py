@@ -17,7 +17,7 @@ from tiny import tiny_config
 
 from configs import cifar10, imagenet64
 from guided_distill import costs, plan
-from guided_distill.chips import CHIPS, parse_topology, topology_of
+from guided_distill.chips import CHIPS, parse_topology, peak_flops, topology_of
 from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
 
@@ -93,6 +93,7 @@ def test_topologies():
     kinds = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v4": "v4", "TPU v6 lite": "v6e", "NVIDIA H100 PCIe": "h100"}
     assert {kind: topology_of(kind, "x", 4).kind for kind in kinds} == kinds
     assert str(topology_of("cpu", "cpu", 8)) == "cpu:8"
+    assert peak_flops(jax.devices()[0], "bfloat16") is None
     for wrong in ("v5e", "v9:4x4", "v5e:0x4", "v5e:4xx4", "v5e:-4"):
         with pytest.raises(UserError, match=f"--topology={wrong}"):
             parse_topology(wrong)

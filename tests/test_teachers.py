@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from tiny import tiny_config
 
 from guided_distill import diffusion, pipeline
 from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
 from guided_distill.guidance import Teacher, autoguidance, ensemble, interval
+from guided_distill.models import make_model_fn
+from guided_distill.models.mlp import MLP, MLPConfig
 from guided_distill.objectives import Knobs, make_stage1
-from guided_distill.teachers import load_teacher, outside_teacher
+from guided_distill.teachers import flops_of_a_call, load_teacher, outside_teacher, shapes_of
 
 COSINE = diffusion.Cosine()
 B = 6
@@ -214,3 +217,13 @@ def test_a_stage_one_trained_earlier_is_taken_as_it_is(tmp_path):
     ]
     with pytest.raises(UserError, match="config.stage1.checkpoint is given without its teacher"):
         from_config(tiny_config(**{"stage1.checkpoint": str(first)}))
+
+
+def test_a_call_has_the_operations_that_its_products_have():
+    config = MLPConfig(features=32, num_layers=1, emb_channels=8, num_classes=3, out_channels=2)
+    model = Teacher(make_model_fn(MLP(config)), None, COSINE, "v", None, 3, sample_shape=(5, 2))
+    one = jnp.zeros(1)
+    init = functools.partial(MLP(config).init, z=jnp.zeros((1, 5, 2)), logsnr=one, label=one.astype(int), w=None)
+    params = shapes_of(lambda key: init(key)["params"])
+    kernels = [leaf for path, leaf in flatten_dict(params).items() if path[-1] == "kernel"]
+    assert flops_of_a_call(model, params) == sum(2 * leaf.size for leaf in kernels)

@@ -116,6 +116,9 @@ def fit(directory, step_fn, pieces, *, updates=7, stop_before=None, over_at=None
         sample_every=0,
         sample=None,
         is_over=lambda writer, state, step: step == over_at,
+        flops=0.0,
+        peak_flops=None,
+        trace=lambda done, ends: None,
         on_start=lambda step: None,
         on_step=lambda step, steps, note: None,
     )
