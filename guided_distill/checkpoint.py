@@ -8,11 +8,10 @@ import time
 import zlib
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
+from guided_distill import distributed
 from guided_distill.errors import Fault, UserError
 from guided_distill.files import absolute, in_bucket, write_whole
 
@@ -52,7 +51,7 @@ class Checkpoints:
         if newest is not None and not _step_dir(self._stage_dir, newest).exists():
             # Orbax would make the directory anew, and the run would end with a part of itself.
             raise Fault(f"{_step_dir(self._stage_dir, newest)} is gone; bring the workdir back, or start in another")
-        if jax.process_index() == 0:
+        if distributed.is_main():
             _checksums_path(self._stage_dir, step).unlink(missing_ok=True)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), batches=ocp.args.JsonSave(iterator_state))
         with self._written(step):
@@ -69,7 +68,7 @@ class Checkpoints:
         if step is not None:
             with self._written(step):
                 self._manager.wait_until_finished()
-                if jax.process_index() == 0:
+                if distributed.is_main():
                     _write_checksums(self._stage_dir, step)
 
     @contextlib.contextmanager
@@ -93,7 +92,7 @@ class Checkpoints:
             state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, like)),
             batches=ocp.args.JsonRestore(),
         )
-        while (step := _of_main(self._newest_undamaged)) is not None:
+        while (step := distributed.agreed(self._newest_undamaged)) is not None:
             self._manager.reload()  # it remembers those that were moved
             try:
                 item = self._manager.restore(step, args=arguments)
@@ -102,7 +101,7 @@ class Checkpoints:
                 damage, where = _reason(error), _step_dir(self._stage_dir, step)
                 if _checksums_path(self._stage_dir, step).exists():
                     raise UserError(f"{where} is whole but not of this model or code ({damage})") from error
-            if jax.process_index() == 0:
+            if distributed.is_main():
                 self._move_aside(step, damage)
         self._manager.reload()
         return None
@@ -150,15 +149,6 @@ class _Manager(ocp.CheckpointManager):
 
     def reached_preemption(self, step):
         return False
-
-
-def _of_main(make):
-    """What make(), a number or None, says on process 0, on every process."""
-    if jax.process_count() == 1:
-        return make()
-    found = make() if jax.process_index() == 0 else None
-    found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
-    return None if found == -1 else found
 
 
 def _step_dir(stage_dir, step):

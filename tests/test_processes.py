@@ -64,7 +64,7 @@ def curves_of(processes, layout, port):
     return [json.loads(out.splitlines()[-1]) for out, _ in said]
 
 
-@pytest.mark.parametrize(("processes", "layout"), [(2, (2,)), (4, (4,)), (2, (2, 2, 2))])
+@pytest.mark.parametrize(("processes", "layout"), [(4, (4,)), (2, (2, 2, 2))])
 def test_the_losses_are_those_of_one_process(processes, layout, free_port):
     found = curves_of(processes, layout, free_port())
     assert all(theirs == found[0] for theirs in found)  # means over all of the batch
