@@ -292,7 +292,7 @@ def test_what_is_only_used_in_bfloat16_is_written_so():
 
 @pytest.mark.slow
 def test_memory_is_what_the_compiler_schedules():
-    """results/plan/tpu.md: MiB of a chip, arguments and what lives at once, within 25 %."""
+    """results/plan/tpu.md: MiB of a chip; CIFAR-10's teacher is compiled to the end, the others are scheduled."""
     scheduled = {
         "imagenet64": ("v5e:16x16", {"teacher": 5759, "stage1": 6928, "stage2_det_0512": 5770}),
         "cifar10": ("v5e:2x2", {"teacher": 2059, "stage1": 2299, "stage2_det_0512": 1889}),
@@ -309,4 +309,4 @@ def test_every_shipped_config_is_planned_in_a_minute():
     for name, config in CONFIGS.items():
         topology = "v5e:16x16" if name == "imagenet64" else "v5e:2x2"
         assert plan.make_plan(from_config(config.get_config().to_dict()), plan.place_for(topology), known)
-    assert time.process_time() - began < 120  # of one core, which is a minute of two; measured: MEASURED
+    assert time.process_time() - began < 60  # on one core, as tracing has one thread; 37 measured
