@@ -1,8 +1,9 @@
 """What a function costs, counted from the shapes in its jaxpr: operations, bytes moved, memory. Nothing is computed.
 
 XLA's own count misses the convolutions that cuDNN does. Operations are those of matrix products and convolutions, and
-exact. Bytes and memory follow a model of XLA's fusion: products, reductions and joined arrays are written to memory,
-and of everything elementwise only what products read, what is returned, and what is used again much later.
+exact. Bytes and memory follow a model of XLA's fusion as its TPU compiler's schedules show it (results/plan): products,
+with what is elementwise after them, reductions and joined arrays are written to memory; anything else elementwise is
+made where it is used, a second time where that is much later; and what is only used in bfloat16 is written so.
 """
 
 import collections
@@ -10,6 +11,7 @@ import dataclasses
 import math
 
 import jax
+import jax.extend
 
 _CALLS = {
     "jit": "jaxpr",
@@ -27,16 +29,17 @@ _VIEWS = {
     "broadcast_in_dim", "convert_element_type", "copy", "expand_dims", "neg", "optimization_barrier", "reshape", "rev",
     "slice", "split", "squeeze", "stop_gradient", "transpose",
 }  # fmt: skip
-_FAR = 40  # operations between two uses of a value that one fusion no longer reaches over
+_FAR = 40  # operations between two uses of a value that are not one fusion's
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Operations; bytes read and written; the most bytes that live at once besides the arguments, results included."""
+    """Operations; bytes read and written; the most bytes at once besides the arguments; those of the results, in it."""
 
     flops: float
     moved: float
     peak: float
+    results: float
 
 
 @dataclasses.dataclass
@@ -55,6 +58,19 @@ def plain_bytes(shape, itemsize):
 def cost_of(function, *arguments, bytes_of=plain_bytes):
     """The Cost of function(*arguments), trees of ShapeDtypeStructs; `bytes_of` (shape, itemsize) as a device has it."""
     return _cost_of_jaxpr(jax.make_jaxpr(function)(*arguments), bytes_of)
+
+
+def costs_with_gradient(function, params, *arguments, bytes_of=plain_bytes):
+    """The Costs of an array function(params, *arguments), and of a square loss of it with the gradient of params."""
+    closed = jax.make_jaxpr(function)(params, *arguments)
+    # Differentiated as it was traced: tracing a network of many layers takes longer than the rest.
+    evaluate, rest = jax.extend.core.jaxpr_as_fun(closed), jax.tree.leaves(arguments)
+    leaves = jax.tree.leaves(params)
+
+    def gradient(leaves, *rest):
+        return jax.grad(lambda leaves: (evaluate(*leaves, *rest)[0] ** 2).sum())(leaves)
+
+    return _cost_of_jaxpr(closed, bytes_of), cost_of(gradient, leaves, *rest, bytes_of=bytes_of)
 
 
 def flops_of(name, params, shapes_in, shape_out):
@@ -77,13 +93,16 @@ def _cost_of_jaxpr(closed, bytes_of):
     results = _inline(jaxpr, env, avals, operations)
     operations = _needed(operations, {value for value in results if value is not None})
     sizes = [bytes_of(aval.shape, getattr(aval.dtype, "itemsize", 4)) for aval in avals]
+    base = _bases(operations)
+    results = _unwidened(results, base, avals, sizes)
+    sizes = _narrowed(operations, avals, sizes, results)
     inner = {}  # place -> (times, Cost) of a loop's body
     for place, operation in enumerate(operations):
         if operation.name in _LOOPS:
             body = operation.params[_LOOPS[operation.name]]
             inner[place] = operation.params.get("length", 1), _cost_of_jaxpr(body, bytes_of)
-    written = _written(operations, set(results))
-    return _walk(operations, avals, sizes, written, set(arguments), set(results), inner)
+    written, repeated = _written(operations, avals, base, results)
+    return _walk(operations, avals, sizes, written, repeated, set(arguments), results, inner)
 
 
 def _new(avals, aval):
@@ -129,33 +148,153 @@ def _is_written_always(name):
     return name in _PRODUCTS or name in _JOINS or name in _LOOPS or name.startswith(("reduce", "arg", "random"))
 
 
-def _written(operations, results):
-    """Numbers of the values that are written to memory."""
-    uses = collections.defaultdict(list)  # value -> (place, name) of what uses it, itself or as a view
+def _uses(operations):
+    """{value: [(place, name of the operation)]} of what uses it, itself or as a view, in order."""
+    uses = collections.defaultdict(list)
     for place, operation in reversed(list(enumerate(operations))):
         through = [use for out in operation.outputs for use in uses[out]] if operation.name in _VIEWS else []
         for value in operation.inputs:
             if value is not None:
                 uses[value] += through or [(place, operation.name)]
-    written = set(results)
+    return uses
+
+
+def _written(operations, avals, base, results):
+    """(numbers of the values that are written to memory, those among them that are made again when used again later).
+
+    A product, or random numbers, end with the elementwise operations that alone use what comes before. What is
+    elementwise otherwise is made where it is used; where products or joined arrays read it, it is written for them.
+    """
+    uses, written, repeated = _uses(operations), set(results), set()
+    ends = set()  # the values that a product or random numbers end with
     for operation in operations:
-        for value in operation.outputs:
-            if _is_written_always(operation.name):
+        inputs = [base.get(value, value) for value in operation.inputs if value is not None]
+        if operation.name in _VIEWS:
+            continue
+        if _is_written_always(operation.name):
+            written.update(operation.outputs)
+            if operation.name in _PRODUCTS or operation.name.startswith("random"):
+                ends.update(operation.outputs)
+        else:
+            (value, *_) = operation.outputs
+            size = math.prod(avals[value].shape)
+            ending = [v for v in inputs if v in ends and len(uses[v]) == 1 and math.prod(avals[v].shape) == size]
+            if ending and uses[value]:
+                written.discard(max(ending))
                 written.add(value)
-            elif operation.name not in _VIEWS and uses[value]:
-                places, names = zip(*uses[value], strict=True)
-                if max(places) - min(places) > _FAR or any(name in _PRODUCTS | _JOINS for name in names):
-                    written.add(value)
-    return written
+                ends.add(value)
+            elif any(name in _PRODUCTS | _JOINS for value in operation.outputs for _, name in uses[value]):
+                written.update(operation.outputs)
+                repeated.update(set(operation.outputs) - results)
+    return written, repeated
 
 
-def _walk(operations, avals, sizes, written, arguments, results, inner):
+def _narrowed(operations, avals, sizes, results):
+    """Bytes of the values, where one that is used only after a conversion is written converted."""
+    itemsize = [getattr(aval.dtype, "itemsize", 4) for aval in avals]
+    used_as = {value: itemsize[value] for value in results}  # bytes of an element
+    for operation in reversed(operations):
+        for value in operation.inputs:
+            if value is not None:
+                view = operation.name in _VIEWS
+                wanted = max(used_as.get(out, 0) for out in operation.outputs) if view else math.inf
+                if operation.name == "convert_element_type":
+                    wanted = min(wanted, itemsize[operation.outputs[0]])
+                used_as[value] = max(used_as.get(value, 0), min(wanted, itemsize[value]))
+    return [size * used_as.get(k, itemsize[k]) / itemsize[k] for k, size in enumerate(sizes)]
+
+
+def _unwidened(results, base, avals, sizes):
+    """Results as they are kept: a gradient made in bfloat16 stays so until it is applied."""
+
+    def kept(value):
+        shown = base.get(value, value)
+        same = math.prod(avals[shown].shape) == math.prod(avals[value].shape)
+        return shown if same and sizes[shown] < sizes[value] else value
+
+    return {kept(value) for value in results if value is not None}
+
+
+def _bases(operations):
+    """{view: the value it shows}."""
+    base = {}
+    for operation in operations:
+        inputs = [value for value in operation.inputs if value is not None]
+        if operation.name in _VIEWS and inputs:
+            # A barrier or a split has many results, and shows its inputs one by one or its only one.
+            shown = inputs if len(inputs) == len(operation.outputs) else [inputs[0]] * len(operation.outputs)
+            base.update((out, base.get(value, value)) for out, value in zip(operation.outputs, shown, strict=True))
+    return base
+
+
+class _Memory:
+    """When values lie in memory, and what is moved to and from it. Values of `repeated` are made again after a gap."""
+
+    def __init__(self, sizes, repeated, arguments):
+        self._sizes, self._repeated = sizes, repeated
+        self._made_of = {value: {value} for value in arguments}  # the written values that a value is made of
+        self._times = {}  # value -> [[born, last used], ...]
+        self._reduced_at = {}
+        self.moved = 0
+
+    def sources(self, values):
+        """The written values, or arguments, that the values are made of."""
+        return set().union(*(self._made_of.get(value, ()) for value in values))
+
+    def write(self, values, read, place):
+        """`values` are written at `place`, from `read`."""
+        for value in values:
+            self._times[value] = [[place, place]]
+            self._made_of[value] = {value}
+            self.moved += self._sizes[value]
+            if value in self._repeated:
+                self._repeated[value] = read
+
+    def read(self, values, place, reduces=False):
+        """`values` are read at `place`. Reductions near to each other are one fusion, which reads them once."""
+        for value in values:
+            if not (reduces and place - self._reduced_at.get(value, -_FAR) < _FAR):
+                self.moved += self._sizes[value]
+            if reduces:
+                self._reduced_at[value] = place
+            self._keep(value, place)
+
+    def _keep(self, value, place):
+        times = self._times.get(value)
+        if times is None:  # an argument
+            return
+        if value in self._repeated and place - times[-1][1] > _FAR:
+            self.read(self._repeated[value], place)
+            self.moved += self._sizes[value]
+            times.append([place, place])
+        times[-1][1] = place
+
+    def hold(self, values, of):
+        """Values that are no written ones are views or elementwise: they lie in what they are made of."""
+        self._made_of.update(dict.fromkeys(values, of))
+
+    def peak(self, places, results, inner_peaks):
+        """The most bytes at once."""
+        change = [0] * (places + 2)
+        for value, times in self._times.items():
+            for born, last in times:
+                change[born] += self._sizes[value]
+                change[(places if value in results else last) + 1] -= self._sizes[value]
+        peak = live = 0
+        for place in range(places + 1):
+            live += change[place]
+            peak = max(peak, live + inner_peaks.get(place, 0))
+        return peak
+
+
+def _walk(operations, avals, sizes, written, repeated, arguments, results, inner):
     """The Cost of operations in their order."""
-    sources = {value: {value} for value in arguments}  # the written values that a value is made of
-    born, last_use, reduced_at = {}, {}, {}
-    flops, moved = (sum(times * getattr(cost, name) for times, cost in inner.values()) for name in ("flops", "moved"))
+    memory = _Memory(sizes, dict.fromkeys(repeated, ()), arguments)
+    flops, memory.moved = (
+        sum(times * getattr(cost, name) for times, cost in inner.values()) for name in ("flops", "moved")
+    )
     for place, operation in enumerate(operations):
-        read = set().union(*(sources.get(value, ()) for value in operation.inputs))
+        read = memory.sources(operation.inputs)
         kept = written.intersection(operation.outputs)
         flops += flops_of(
             operation.name,
@@ -164,27 +303,9 @@ def _walk(operations, avals, sizes, written, arguments, results, inner):
             avals[operation.outputs[0]].shape,
         )
         if kept:
-            # Reductions near to each other are one fusion, which reads what they share once.
-            reduces = operation.name.startswith("reduce")
-            moved += sum(sizes[v] for v in read if not (reduces and place - reduced_at.get(v, -_FAR) < _FAR))
-            moved += sum(sizes[value] for value in kept)
-            reduced_at.update(dict.fromkeys(read if reduces else (), place))
-            last_use.update(dict.fromkeys(read, place))
-        for value in operation.outputs:
-            sources[value] = {value} if value in kept else read
-        born.update((value, place) for value in kept)
-    last_use.update(dict.fromkeys(results, len(operations)))
-    inner_peaks = {place: cost.peak for place, (_, cost) in inner.items()}
-    return Cost(flops, moved, _peak(len(operations), born, last_use, sizes, inner_peaks))
-
-
-def _peak(places, born, last_use, sizes, inner_peaks):
-    change = [0] * (places + 2)
-    for value, place in born.items():
-        change[place] += sizes[value]
-        change[last_use.get(value, place) + 1] -= sizes[value]
-    peak = live = 0
-    for place in range(places + 1):
-        live += change[place]
-        peak = max(peak, live + inner_peaks.get(place, 0))
-    return peak
+            memory.read(read, place, operation.name.startswith("reduce"))
+            memory.write(kept, read, place)
+        memory.hold(set(operation.outputs) - kept, read)
+    peaks = {place: cost.peak for place, (_, cost) in inner.items()}
+    peak = memory.peak(len(operations), results, peaks)
+    return Cost(flops, memory.moved, peak, sum(sizes[value] for value in results))

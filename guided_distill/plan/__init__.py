@@ -34,9 +34,9 @@ def stages_of(experiment):
     return make_stages(experiment, outside_teacher(factory, experiment) if factory else None)
 
 
-def make_plan(experiment, place, stages=None):
-    """The StagePlans of an experiment's stages, in order."""
-    stages, known = stages or stages_of(experiment), {}
+def make_plan(experiment, place, known, stages=None):
+    """The StagePlans of an experiment's stages, in order. `known`, a dict, keeps what other plans share with this."""
+    stages = stages or stages_of(experiment)
     by_name = {stage.name: stage for stage in stages}
     return [plan_stage(experiment, stage, by_name.get(stage.parent), place, known) for stage in stages]
 
@@ -45,13 +45,13 @@ def dry_run(config, console=None, *, topology=None, fsdp=1, compiling=False):
     """Prints what each stage needs and takes, by arithmetic, and with `compiling` by the compiler. Raises UserError."""
     if compiling and fsdp > 1:
         raise UserError(f"--fsdp={fsdp}: --compile cannot split weights over chips yet; leave one of the two out")
-    experiment, place = from_config(config), place_for(topology, fsdp)
+    experiment, place, known = from_config(config), place_for(topology, fsdp), {}
     stages = stages_of(experiment)
-    plans = make_plan(experiment, place, stages)
+    plans = make_plan(experiment, place, known, stages)
     console = console or Console(width=_WIDTH, soft_wrap=True)
     console.print(_memory_table(experiment, plans, place))
     console.print(_time_table(experiment, plans, place))
-    for line in _summary(experiment, plans, place) + advice(experiment, plans, place):
+    for line in _summary(experiment, plans, place) + advice(experiment, plans, place, known):
         console.print(line, highlight=False)
     if compiling:
         devices = ahead.devices_of(place.topology) if topology else jax.devices()
@@ -146,7 +146,7 @@ def _summary(experiment, plans, place):
     return lines
 
 
-def advice(experiment, plans, place):
+def advice(experiment, plans, place, known):
     """Lines that say what would make the stages fit; none where they do."""
     misfits = [plan for plan in plans if not plan.fits(place.topology)]
     if not misfits:
@@ -156,8 +156,9 @@ def advice(experiment, plans, place):
     lines = [f"{worst.name} needs {needs:.1f} GiB of a chip that has {has:.0f}. What would do:"]
     if getattr(experiment.model, "remat", True) is False:
         remat = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, remat=True))
-        lines.append(f"  --config.model.remat=True: {_most(make_plan(remat, place)):.1f} GiB, a third more computation")
-    fsdp = _smallest_fsdp(experiment, place)
+        most = _most(make_plan(remat, place, known))
+        lines.append(f"  --config.model.remat=True: {most:.1f} GiB, a third more computation")
+    fsdp = _smallest_fsdp(experiment, place, known)
     lines.append(f"  --fsdp={fsdp}: weights, moments and teacher shared out" if fsdp else "  no size of fsdp is enough")
     batch = largest_batch(worst, place)
     lines.append(
@@ -172,12 +173,12 @@ def _most(plans):
     return max(plan.bytes for plan in plans) / 2**30
 
 
-def _smallest_fsdp(experiment, place):
+def _smallest_fsdp(experiment, place, known):
     sizes = [2**power for power in range(1, 12) if place.topology.chips % 2**power == 0]
     fitting = (
         size
         for size in sizes
-        if all(plan.fits(place.topology) for plan in make_plan(experiment, dataclasses.replace(place, fsdp=size)))
+        if all(p.fits(place.topology) for p in make_plan(experiment, dataclasses.replace(place, fsdp=size), known))
     )
     return next(fitting, None)
 

@@ -1,7 +1,6 @@
 """One stage on a topology, by arithmetic: memory of a chip, operations, bytes moved and sent, seconds per update."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -88,13 +87,12 @@ def plan_stage(experiment, stage, parent, place, known):
     group = "stage2" if stage.series else stage.name.partition("_w")[0]
     batch = place.per_chip(group, stage.training.batch_size)
     params = shapes_of(stage.init)
-    train = _training_cost(stage, params, batch, place, known)
-    forward = _guided_cost(stage.model, params, batch, place, known).flops / stage.model.calls_per_step
+    forward, train = _network_costs(stage, params, batch, place, known)
     teacher = None
-    if stage.teacher_calls:
-        teacher = _guided_cost(stage.teacher, shapes_of(parent.init), batch, place, known)
+    if stage.teacher_calls:  # a clipped teacher costs what it costs unclipped
+        teacher = _guided_cost(parent, batch, place, known)
     calls = 2 if stage.series == "two" else 1  # of the student: a network without a w input is guided there
-    asked = stage.teacher_calls / stage.teacher.calls_per_step if teacher else 0
+    asked = stage.teacher_calls / parent.model.calls_per_step if teacher else 0
     flops = calls * train.flops + (asked * teacher.flops if teacher else 0)
     moved = calls * train.moved + (asked * teacher.moved if teacher else 0) + _optimiser_traffic(stage, params, place)
     sent = _sent(params, shapes_of(parent.init) if teacher else {}, place)
@@ -107,7 +105,7 @@ def plan_stage(experiment, stage, parent, place, known):
         parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
         memory=_memory(stage, params, parent, teacher, train, calls, batch, place),
         flops=flops,
-        useful_flops=calls * 3 * forward + (asked * teacher.flops if teacher else 0),
+        useful_flops=calls * 3 * forward.flops / stage.model.members + (asked * teacher.flops if teacher else 0),
         moved=moved,
         sent=sent,
         seconds=seconds,
@@ -116,9 +114,9 @@ def plan_stage(experiment, stage, parent, place, known):
 
 
 def _memory(stage, params, parent, teacher, train, calls, batch, place):
-    weights, gradients = _tree_bytes(params, place), _tree_bytes(params, Place(place.topology))
+    weights, whole = _tree_bytes(params, place), _tree_bytes(params, Place(place.topology))
     # At the peak of the backward pass some gradients are there and some activations no longer are.
-    working = max(calls * (train.peak - gradients) + gradients, teacher.peak if teacher else 0.0)
+    working = max(calls * (train.peak - train.results) + train.results, teacher.peak if teacher else 0.0)
     gathered = 0.0
     if place.fsdp > 1:  # the gradients are split as they are made; a layer's whole weights and gradients come and go
         gathered = 2.0 * max(place.topology.bytes_of(leaf.shape, 4) for leaf in jax.tree.leaves(params))
@@ -128,8 +126,8 @@ def _memory(stage, params, parent, teacher, train, calls, batch, place):
         "Adam": 2.0 * weights,
         "EMA": weights if stage.training.ema else 0.0,
         "teacher": _tree_bytes(shapes_of(parent.init), place) if parent else 0.0,
-        "gradients": weights,
-        "activations": max(working - gradients, 0.0) + gathered + sample,
+        "gradients": train.results * weights / whole,
+        "activations": max(working - train.results, 0.0) + gathered + sample,
     }
 
 
@@ -144,35 +142,37 @@ def _arguments(model, batch):
     return z, row(jnp.float32), cond
 
 
-def _once(known, key, make):
+def _network_costs(stage, params, batch, place, known):
+    """(cost of one prediction of the network that a stage trains, that of one loss with its gradients)."""
+    model, dropout = stage.model, stage.name in _DENOISING
+    # Another parameterisation of the same network costs the same.
+    key = (model.model_fn, model.sample_shape, dropout, batch, place.topology)
     if key not in known:
-        known[key] = make()
+
+        def predict(params, z, logsnr, cond, key):
+            denoiser = make_denoiser(model.model_fn, params, model.schedule, model.parameterisation)
+            return denoiser(z, logsnr, cond, dropout_key=key if dropout else None).x
+
+        arguments = (*_arguments(model, batch), jax.eval_shape(lambda: jax.random.key(0)))
+        known[key] = costs.costs_with_gradient(predict, params, *arguments, bytes_of=place.topology.bytes_of)
     return known[key]
 
 
-def _training_cost(stage, params, batch, place, known):
-    """One loss of the network that a stage trains, with its gradients."""
-    model, dropout = stage.model, stage.name in _DENOISING
-    key = jax.eval_shape(lambda: jax.random.key(0))
+def _guided_cost(stage, batch, place, known):
+    """One guided prediction of a stage's network: `calls_per_step` forward passes."""
+    teacher, params = stage.model, shapes_of(stage.init)
+    if teacher.guided is None:
+        cost, _ = _network_costs(stage, params, batch, place, known)
+        calls = teacher.calls_per_step / teacher.members  # an ensemble's members are one network here
+        return costs.Cost(calls * cost.flops, calls * cost.moved, calls * cost.peak, cost.results)
+    key = ("guided", teacher, batch, place.topology)
+    if key not in known:
 
-    def loss(params, z, logsnr, cond, key):
-        denoiser = make_denoiser(model.model_fn, params, model.schedule, model.parameterisation)
-        return jnp.sum(denoiser(z, logsnr, cond, dropout_key=key if dropout else None).x ** 2)
+        def guided(params, z, logsnr, cond):
+            return teacher.denoiser(params)(z, logsnr, cond)
 
-    arguments = (params, *_arguments(model, batch), key)
-    cost = functools.partial(costs.cost_of, jax.grad(loss), *arguments, bytes_of=place.topology.bytes_of)
-    return _once(known, ("train", model, dropout, batch), cost)
-
-
-def _guided_cost(teacher, params, batch, place, known):
-    """One guided prediction of a network: `teacher.calls_per_step` forward passes."""
-
-    def guided(params, z, logsnr, cond):
-        return teacher.denoiser(params)(z, logsnr, cond)
-
-    arguments = (params, *_arguments(teacher, batch))
-    cost = functools.partial(costs.cost_of, guided, *arguments, bytes_of=place.topology.bytes_of)
-    return _once(known, ("guided", teacher, batch), cost)
+        known[key] = costs.cost_of(guided, params, *_arguments(teacher, batch), bytes_of=place.topology.bytes_of)
+    return known[key]
 
 
 def _optimiser_traffic(stage, params, place):
