@@ -17,7 +17,6 @@ _MODES = [
 MODE = flags.DEFINE_enum("mode", "run", _MODES, "What to do.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "The same as --mode=plan, without --compile.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "plan: for chips like v5e:16x16 or h100:8; those at hand by default.")
-FSDP = flags.DEFINE_integer("fsdp", 1, "plan: over how many chips each parameter would be split.")
 COMPILE = flags.DEFINE_bool("compile", False, "plan: compile every train step and sampler too; a large one takes long.")
 PROFILE = flags.DEFINE_integer("profile", 0, "run: how many updates of each stage leave a trace for XProf.")
 COORDINATOR = flags.DEFINE_string(

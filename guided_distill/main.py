@@ -67,7 +67,7 @@ def _plan(config):
     from guided_distill import plan
 
     compiling = flag.COMPILE.value and not flag.DRY_RUN.value
-    plan.dry_run(config, topology=flag.TOPOLOGY.value, fsdp=flag.FSDP.value, compiling=compiling)
+    plan.dry_run(config, topology=flag.TOPOLOGY.value, compiling=compiling)
 
 
 def _sample(config, workdir):

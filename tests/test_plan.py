@@ -180,9 +180,22 @@ def test_collectives(plans):
 
 
 def test_fsdp_shares_out_weights_moments_average_and_teacher(plans):
-    split = planned_alone("cpu:4", "stage1", 4)
+    wide = {"model.channels": 64, "model.emb_channels": 256}
+    whole, split = (planned_alone("cpu:4", "stage1", fsdp, **wide) for fsdp in (1, 4))
     for part in ("weights", "Adam", "EMA", "teacher", "gradients"):
-        assert 0.25 * plans["stage1"].memory[part] <= split.memory[part] < 0.3 * plans["stage1"].memory[part]
+        assert 0.25 * whole.memory[part] <= split.memory[part] < 0.3 * whole.memory[part]
+
+
+def test_a_batch_in_parts_takes_less_memory_and_as_many_operations(plans):
+    whole, parts = plans["stage1"], planned_alone("cpu:4", "stage1", **{"stage1.accumulate": 2})
+    assert parts.memory["activations"] < 0.6 * whole.memory["activations"]
+    assert parts.useful_flops == pytest.approx(whole.useful_flops)
+    assert parts.memory["gradients"] > whole.memory["gradients"]
+
+
+def test_a_teacher_in_bfloat16_takes_half(plans):
+    half = planned_alone("cpu:4", "stage1", teacher_dtype="bfloat16")
+    assert half.memory["teacher"] == pytest.approx(plans["stage1"].memory["teacher"] / 2)
 
 
 def test_a_step_takes_as_long_as_its_slowest_part(plans):
@@ -195,7 +208,7 @@ def test_a_step_takes_as_long_as_its_slowest_part(plans):
     ("topology", "fsdp", "updates", "says"),
     [
         ("v5e:4x4", 1, {}, "config.teacher.batch_size is 8, which does not divide over the 16 chips of v5e:4x4"),
-        ("cpu:4", 3, {}, "--fsdp=3 does not divide 4 chips"),
+        ("cpu:4", 3, {}, "config.mesh.fsdp is 3, which does not divide 4 chips"),
         ("cpu:4", 1, {"stage2.batch_size": 6}, "config.stage2.batch_size is 6"),
     ],
 )
@@ -211,12 +224,23 @@ def test_what_does_not_fit_comes_with_what_would(monkeypatch, plans):
     small = dataclasses.replace(CHIPS["cpu"], memory=needs / 0.95 * 0.9)
     monkeypatch.setitem(CHIPS, "cpu", small)
     lines = "\n".join(plan.advice(experiment, list(plans.values()), place, {}))
-    assert "needs" in lines and "--config.model.remat=True" in lines and "--fsdp=2" in lines
+    assert "needs" in lines and "--config.model.remat=True" in lines and ".accumulate=2" in lines
+    assert "no size of config.mesh.fsdp" in lines  # no weight is worth splitting
     worst = max(plans.values(), key=lambda stage: stage.bytes)
     batch = plan.largest_batch(worst, place)
     assert 0 < batch < worst.batch_size and batch % 4 == 0
     monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(small, memory=needs / 100))
     assert plan.largest_batch(worst, place) == 0
+
+
+@pytest.mark.slow
+def test_weights_that_do_not_fit_are_to_be_split(monkeypatch):
+    experiment = from_config(tiny_config(**{"model.channels": 64, "model.emb_channels": 256}))
+    place, known = plan.place_for("cpu:4"), {}
+    plans = plan.make_plan(experiment, place, known)
+    needs = max(stage.bytes for stage in plans)
+    monkeypatch.setitem(CHIPS, "cpu", dataclasses.replace(CHIPS["cpu"], memory=0.9 * needs))
+    assert "--config.mesh.fsdp=2" in "\n".join(plan.advice(experiment, plans, place, known))
 
 
 @pytest.mark.slow

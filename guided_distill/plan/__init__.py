@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.table import Table
 
 from guided_distill.chips import parse_topology, topology_of
-from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
 from guided_distill.plan import ahead
 from guided_distill.plan.stage_plan import Place, StagePlan, plan_stage
@@ -21,7 +20,7 @@ _SHARE_OF_PEAK = 0.4  # FLOP/s a diffusion network trained by JAX reaches, in ro
 
 
 def place_for(topology=None, fsdp=1):
-    """The Place that the flags name; without a topology that of the devices at hand."""
+    """The Place that a flag names; without a topology that of the devices at hand."""
     if topology is not None:
         return Place(parse_topology(topology), fsdp)
     devices = jax.devices()
@@ -41,11 +40,10 @@ def make_plan(experiment, place, known, stages=None):
     return [plan_stage(experiment, stage, by_name.get(stage.parent), place, known) for stage in stages]
 
 
-def dry_run(config, console=None, *, topology=None, fsdp=1, compiling=False):
+def dry_run(config, console=None, *, topology=None, compiling=False):
     """Prints what each stage needs and takes, by arithmetic, and with `compiling` by the compiler. Raises UserError."""
-    if compiling and fsdp > 1:
-        raise UserError(f"--fsdp={fsdp}: --compile cannot split weights over chips yet; leave one of the two out")
-    experiment, place, known = from_config(config), place_for(topology, fsdp), {}
+    experiment, known = from_config(config), {}
+    place = place_for(topology, experiment.mesh.fsdp)
     stages = stages_of(experiment)
     plans = make_plan(experiment, place, known, stages)
     console = console or Console(width=_WIDTH, soft_wrap=True)
@@ -159,10 +157,12 @@ def advice(experiment, plans, place, known):
         most = _most(make_plan(remat, place, known))
         lines.append(f"  --config.model.remat=True: {most:.1f} GiB, a third more computation")
     fsdp = _smallest_fsdp(experiment, place, known)
-    lines.append(f"  --fsdp={fsdp}: weights, moments and teacher shared out" if fsdp else "  no size of fsdp is enough")
+    shared_out = f"  --config.mesh.fsdp={fsdp}: weights, moments and teacher shared out"
+    lines.append(shared_out if fsdp else "  no size of config.mesh.fsdp is enough")
     batch = largest_batch(worst, place)
+    parts = -(-worst.batch_size // batch) if batch else 0
     lines.append(
-        f"  a batch of {batch} and {-(-worst.batch_size // batch)} batches accumulated for one update"
+        f"  --config.{worst.group}.accumulate={2 ** (parts - 1).bit_length()}: a batch goes through in parts"
         if batch
         else "  no batch is small enough: the weights alone are too large"
     )
@@ -187,5 +187,5 @@ def largest_batch(plan, place):
     """The largest batch, an example of each chip at least, with which a stage fits; 0 where none does."""
     grows = plan.memory["activations"]
     left = 0.95 * place.topology.chip.memory - (plan.bytes - grows)
-    per_chip = plan.batch_size // place.topology.chips
+    per_chip = plan.batch_size // plan.parts // place.topology.chips
     return max(0, int(per_chip * left / grows)) * place.topology.chips

@@ -124,7 +124,7 @@ def _sampler_arguments(experiment, stage, mesh):
 def compile_all(experiment, stages, devices, say):
     """{name: Compiled} of the distinct programs; `say` (text) is told what is going on. Results are kept on disk."""
     found = {}
-    for name, lower in programs(experiment, stages, sharding.make_mesh(devices)):
+    for name, lower in programs(experiment, stages, sharding.make_mesh(devices, experiment.mesh.fsdp)):
         say(f"{name}: lowering")
         lowered = lower()
         path = _cache() / f"{_fingerprint(lowered, devices)}.json"

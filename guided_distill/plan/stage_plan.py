@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from guided_distill import costs
+from guided_distill import costs, sharding
 from guided_distill.errors import UserError
 from guided_distill.guidance import make_denoiser
 from guided_distill.teachers import shapes_of
@@ -24,16 +24,18 @@ class Place:
 
     def __post_init__(self):
         if self.fsdp < 1 or self.topology.chips % self.fsdp:
-            raise UserError(f"--fsdp={self.fsdp} does not divide {self.topology.chips} chips")
+            raise UserError(f"config.mesh.fsdp is {self.fsdp}, which does not divide {self.topology.chips} chips")
 
-    def per_chip(self, name, batch_size):
-        """The share of a batch of one chip. Raises UserError where it does not divide."""
-        if batch_size % self.topology.chips:
+    def per_chip(self, name, batch_size, parts):
+        """The share of one chip in a part of a batch. Raises UserError where it does not divide."""
+        unit = self.topology.chips * parts
+        if batch_size % unit:
+            of_parts = f" in {parts} accumulated parts" if parts > 1 else ""
             raise UserError(
                 f"config.{name}.batch_size is {batch_size}, which does not divide over the {self.topology.chips} chips "
-                f"of {self.topology}; name a smaller topology or a multiple of {self.topology.chips}"
+                f"of {self.topology}{of_parts}; name a smaller topology or a multiple of {unit}"
             )
-        return batch_size // self.topology.chips
+        return batch_size // unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,8 @@ class StagePlan:
     """What one update of a stage costs. Memory, `flops`, `moved` and `sent` are one chip's, in bytes and operations."""
 
     name: str
+    group: str  # of the config
+    parts: int  # that a batch is accumulated from
     series_steps: int | None  # N of a student's sampler
     updates: int  # 0: taken from elsewhere
     batch_size: int
@@ -68,15 +72,14 @@ class StagePlan:
         return self.bytes <= _USABLE * topology.chip.memory
 
 
-def bytes_on_chip(leaf, place):
-    """Bytes of a parameter on one chip: split where `place.fsdp` divides one of its dimensions, whole otherwise."""
-    # Stands in for the rule of sharding.py, which has no axis "fsdp" yet.
-    size = place.topology.bytes_of(leaf.shape, leaf.dtype.itemsize)
-    return size / place.fsdp if any(side % place.fsdp == 0 for side in leaf.shape) else size
+def bytes_on_chip(leaf, place, itemsize=4):
+    """Bytes of a parameter on one chip: its share where sharding.py splits it along `place.fsdp` chips."""
+    size = place.topology.bytes_of(leaf.shape, itemsize)
+    return size / place.fsdp if any(sharding.fsdp_spec(leaf.shape, place.fsdp)) else size
 
 
-def _tree_bytes(tree, place):
-    return sum(bytes_on_chip(leaf, place) for leaf in jax.tree.leaves(tree))
+def _tree_bytes(tree, place, itemsize=4):
+    return sum(bytes_on_chip(leaf, place, itemsize) for leaf in jax.tree.leaves(tree))
 
 
 def plan_stage(experiment, stage, parent, place, known):
@@ -85,7 +88,8 @@ def plan_stage(experiment, stage, parent, place, known):
     `known`, a dict, keeps what stages share, so that rounds of one network are counted once.
     """
     group = "stage2" if stage.series else stage.name.partition("_w")[0]
-    batch = place.per_chip(group, stage.training.batch_size)
+    parts = stage.training.accumulate
+    batch = place.per_chip(group, stage.training.batch_size, parts)
     params = shapes_of(stage.init)
     forward, train = _network_costs(stage, params, batch, place, known)
     teacher = None
@@ -93,19 +97,23 @@ def plan_stage(experiment, stage, parent, place, known):
         teacher = _guided_cost(parent, batch, place, known)
     calls = 2 if stage.series == "two" else 1  # of the student: a network without a w input is guided there
     asked = stage.teacher_calls / parent.model.calls_per_step if teacher else 0
-    flops = calls * train.flops + (asked * teacher.flops if teacher else 0)
-    moved = calls * train.moved + (asked * teacher.moved if teacher else 0) + _optimiser_traffic(stage, params, place)
-    sent = _sent(params, shapes_of(parent.init) if teacher else {}, place)
+    flops = parts * (calls * train.flops + (asked * teacher.flops if teacher else 0))
+    moved = parts * (calls * train.moved + (asked * teacher.moved if teacher else 0))
+    moved += _optimiser_traffic(stage, params, place)
+    sent = _sent(params, shapes_of(parent.init) if teacher else {}, place, parts)
     seconds, bound = _roofline(experiment, place.topology.chip, flops, moved, sent)
     return StagePlan(
         name=stage.name,
+        group=group,
+        parts=parts,
         series_steps=stage.num_steps if stage.series else None,
         updates=0 if experiment.given(stage.name) else stage.training.updates,
         batch_size=stage.training.batch_size,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
-        memory=_memory(stage, params, parent, teacher, train, calls, batch, place),
+        memory=_memory(experiment, stage, parent, teacher, train, calls, batch, place),
         flops=flops,
-        useful_flops=calls * 3 * forward.flops / stage.model.members + (asked * teacher.flops if teacher else 0),
+        useful_flops=parts
+        * (calls * 3 * forward.flops / stage.model.members + (asked * teacher.flops if teacher else 0)),
         moved=moved,
         sent=sent,
         seconds=seconds,
@@ -113,20 +121,23 @@ def plan_stage(experiment, stage, parent, place, known):
     )
 
 
-def _memory(stage, params, parent, teacher, train, calls, batch, place):
+def _memory(experiment, stage, parent, teacher, train, calls, batch, place):
+    params = shapes_of(stage.init)
     weights, whole = _tree_bytes(params, place), _tree_bytes(params, Place(place.topology))
     # At the peak of the backward pass some gradients are there and some activations no longer are.
     working = max(calls * (train.peak - train.results) + train.results, teacher.peak if teacher else 0.0)
     gathered = 0.0
     if place.fsdp > 1:  # the gradients are split as they are made; a layer's whole weights and gradients come and go
         gathered = 2.0 * max(place.topology.bytes_of(leaf.shape, 4) for leaf in jax.tree.leaves(params))
+    teacher_itemsize = jnp.dtype(experiment.teacher_dtype).itemsize
     sample = place.topology.bytes_of((batch, *stage.model.sample_shape), 4)
     return {
         "weights": weights,
         "Adam": 2.0 * weights,
         "EMA": weights if stage.training.ema else 0.0,
-        "teacher": _tree_bytes(shapes_of(parent.init), place) if parent else 0.0,
-        "gradients": train.results * weights / whole,
+        "teacher": _tree_bytes(shapes_of(parent.init), place, teacher_itemsize) if parent else 0.0,
+        # What parts of a batch add up to is kept beside those of one part.
+        "gradients": train.results * weights / whole + (weights if stage.training.accumulate > 1 else 0.0),
         "activations": max(working - train.results, 0.0) + gathered + sample,
     }
 
@@ -180,8 +191,11 @@ def _optimiser_traffic(stage, params, place):
     return _tree_bytes(params, place) * (2 * (4 if stage.training.ema else 3) + 2)
 
 
-def _sent(params, teacher, place):
-    """{collective: bytes} that a chip sends in one update, in rings: float32 weights gathered, gradients summed."""
+def _sent(params, teacher, place, parts):
+    """{collective: bytes} that a chip sends in one update, in rings: float32 weights gathered, gradients summed.
+
+    With each of the `parts` of a batch.
+    """
 
     def ring(chips):
         return (chips - 1) / chips
@@ -191,9 +205,9 @@ def _sent(params, teacher, place):
     whole, theirs = sizes
     return {
         # The student's weights forwards and backwards, the teacher's once.
-        "all-gather": ring(split) * (2 * whole + theirs),
-        "reduce-scatter": ring(split) * whole,
-        "all-reduce": 2 * ring(copies) * whole / split,
+        "all-gather": parts * ring(split) * (2 * whole + theirs),
+        "reduce-scatter": parts * ring(split) * whole,
+        "all-reduce": parts * 2 * ring(copies) * whole / split,
     }
 
 
