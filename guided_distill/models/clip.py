@@ -133,9 +133,12 @@ def clip_pixels(images, side):
     height, width = images.shape[1:3]
     short = min(height, width)
     size = (round(height * side / short), round(width * side / short))
-    x = jax.image.resize(images, (len(images), *size, 3), "cubic", antialias=True)
+    x = images
+    # One axis after the other: what the first overshoots is cut off before the second, as the published code does.
+    for shape in ((len(images), height, size[1], 3), (len(images), *size, 3)):
+        x = jnp.clip(jax.image.resize(x, shape, "cubic", antialias=True), -1.0, 1.0)
     top, left = ((length - side) // 2 for length in size)
-    x = jnp.clip(x[:, top : top + side, left : left + side], -1.0, 1.0) * 0.5 + 0.5
+    x = x[:, top : top + side, left : left + side] * 0.5 + 0.5
     mean, std = (jnp.asarray(value, x.dtype)[None, None, None] for value in (_MEAN, _STD))
     return (x - mean) / std
 
