@@ -4,7 +4,6 @@ import json
 import pathlib
 import shutil
 
-import safetensors
 import safetensors.numpy
 
 from guided_distill.errors import UserError
@@ -12,6 +11,7 @@ from guided_distill.files import read_json, write_whole
 from guided_distill.interop import diffusers_configs as configs
 from guided_distill.interop import diffusers_names as names
 from guided_distill.interop.tensors import export_tree, import_tree
+from guided_distill.interop.weight_files import read_safetensors
 from guided_distill.models.latent_models import LatentModel, part_shapes
 
 # part -> (its folder, stem of its weights' file, its names)
@@ -125,13 +125,9 @@ def _read_weights(folder, stem):
     files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [f"{stem}.safetensors"]
     state = {}
     for name in files:
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing; only safetensors are read (diffusers writes them by default)")
-        try:
-            state |= safetensors.numpy.load_file(path)
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{path} is no whole safetensors file ({error}); make or download it again") from error
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is missing; only safetensors are read (diffusers writes them by default)")
+        state |= read_safetensors(folder / name)
     return state
 
 
