@@ -1,16 +1,21 @@
 """--mode=import of latent models: what goes in comes out of our own folder, and each mistake gets one line."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from test_latent_imports import MODELS, random_params, refused
 
-from guided_distill import main
 from guided_distill.interop import command, compvis, diffusers_folder
 from guided_distill.interop.latent_folder import read_latent, write_latent
 from guided_distill.models.latent_models import LATENT_MODELS
+
+REPO = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("name", ["sd1", "student", "ldm"])
@@ -23,12 +28,13 @@ def test_a_model_comes_back_bit_for_bit(name, tmp_path):
     assert read_latent(tmp_path, ["unet"])[1].keys() == {"unet"}
 
 
-def test_the_command_imports_a_folder(tmp_path, capsys):
+def test_the_command_line_imports_a_folder(tmp_path):
     params = random_params(MODELS["sd2"])
     diffusers_folder.write_diffusers(tmp_path / "theirs", MODELS["sd2"], params)
-    arguments = ["main", "--mode=import", f"--source={tmp_path / 'theirs'}", f"--out={tmp_path / 'ours'}"]
-    assert main.main(arguments) == 0
-    assert "predicts v, latents of 96" in capsys.readouterr().out
+    program = [sys.executable, "-m", "guided_distill.main", "--mode=import"]
+    program += [f"--source={tmp_path / 'theirs'}", f"--out={tmp_path / 'ours'}"]
+    done = subprocess.run(program, env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True)
+    assert done.returncode == 0 and "predicts v, latents of 96" in done.stdout, done.stderr
     model, read = read_latent(tmp_path / "ours")
     assert model == MODELS["sd2"]
     jax.tree.map(np.testing.assert_array_equal, read, params)

@@ -109,6 +109,7 @@ def test_compvis_names_cover_the_published_models_at_full_size(name):
     assert len(keys) == len({*keys})
     unet, first = "model.diffusion_model", "first_stage_model"
     known = ["output_blocks.8.0.in_layers.2.weight", "output_blocks.5.2.conv.weight", "input_blocks.3.0.op.bias"]
+    known.append(f"output_blocks.2.{2 if model.unet.attention[-1] else 1}.conv.weight")  # behind attention, if any
     assert {f"{first}.decoder.mid.attn_1.q.bias", *(f"{unet}.{key}" for key in known)} <= {*keys}
 
 

@@ -148,6 +148,8 @@ def test_cross_attention_takes_tokens_in_any_order_and_repeated_ones_as_one():
 def test_inputs_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"takes 5 channels; z, cond\['mask'\] and cond\['masked'\] bring \[2\]"):
         abstract(PAINTER)
+    with pytest.raises(ValueError, match=r"cond\['text'\] is missing"):
+        abstract(TINY, cond=LABEL)
     with pytest.raises(ValueError, match="5 x 6: its sides must be multiples of 2"):
         abstract(dataclasses.replace(PAINTER, in_channels=2), Z[:, [0, 1, 2, 3, 3]])
 

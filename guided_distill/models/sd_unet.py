@@ -142,6 +142,8 @@ class SDUNet(nn.Module):
         levels = [config.channels * m for m in config.multipliers]
         if config.num_classes:
             text = nn.Embed(config.num_classes + 1, config.context_dim, name="classes")(label)[:, None]
+        elif text is None:
+            raise ValueError("cond['text'] is missing: without num_classes the U-Net attends to it")
         emb = LatentEmbedding(config, name="embedding")(logsnr, w)
         context = text.astype(dtype)
 
