@@ -35,9 +35,9 @@ MODELS = {
         "v",
         96,
     ),
-    "inpainting": LatentModel(dataclasses.replace(UNET, in_channels=9), FIRST, TEXT),
+    "inpainting": LatentModel(dataclasses.replace(UNET, extra_channels=5), FIRST, TEXT),
     "ldm": LatentModel(
-        dataclasses.replace(UNET, attention=(False, True, True), num_classes=3, in_channels=3, out_channels=3),
+        dataclasses.replace(UNET, attention=(False, True, True), num_classes=3, out_channels=3),
         dataclasses.replace(FIRST, latent_channels=3, num_codes=5, scale=1.0),
         None,
     ),

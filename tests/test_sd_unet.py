@@ -23,10 +23,9 @@ TINY = SDUNetConfig(
     heads=(2,),
     context_dim=6,
     norm_groups=4,
-    in_channels=2,
     out_channels=2,
 )
-PAINTER = dataclasses.replace(TINY, in_channels=5, multipliers=(1, 2), attention=(True, False), heads=(2, 4))
+PAINTER = dataclasses.replace(TINY, extra_channels=3, multipliers=(1, 2), attention=(True, False), heads=(2, 4))
 CLASSES = dataclasses.replace(TINY, num_classes=3)
 Z = jax.random.normal(jax.random.key(1), (3, 4, 6, 2))
 LOGSNR = jnp.array([4.0, 0.0, -4.0])
@@ -146,12 +145,12 @@ def test_cross_attention_takes_tokens_in_any_order_and_repeated_ones_as_one():
 
 
 def test_inputs_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"takes 5 channels; z, cond\['mask'\] and cond\['masked'\] bring \[2\]"):
+    with pytest.raises(ValueError, match="bring 0 channels; the U-Net takes 3 besides z"):
         abstract(PAINTER)
     with pytest.raises(ValueError, match=r"cond\['text'\] is missing"):
         abstract(TINY, cond=LABEL)
     with pytest.raises(ValueError, match="5 x 6: its sides must be multiples of 2"):
-        abstract(dataclasses.replace(PAINTER, in_channels=2), Z[:, [0, 1, 2, 3, 3]])
+        abstract(dataclasses.replace(PAINTER, extra_channels=0), Z[:, [0, 1, 2, 3, 3]])
 
 
 # The clock

@@ -62,7 +62,7 @@ def read_unet(theirs, scheduler, what):
         context_dim=_one(theirs.get("cross_attention_dim", 1280), "cross_attention_dim", what),
         linear_projection=theirs.get("use_linear_projection", False),
         norm_groups=theirs.get("norm_num_groups", 32),
-        in_channels=theirs.get("in_channels", 4),
+        extra_channels=theirs.get("in_channels", 4) - theirs.get("out_channels", 4),
         out_channels=theirs.get("out_channels", 4),
         w_conditioned=theirs.get("time_cond_proj_dim") is not None,
         w_channels=theirs.get("time_cond_proj_dim") or 256,
@@ -78,7 +78,7 @@ def write_unet(config, side):
     return {
         "_class_name": "UNet2DConditionModel",
         "sample_size": side,
-        "in_channels": config.in_channels,
+        "in_channels": config.out_channels + config.extra_channels,
         "out_channels": config.out_channels,
         "block_out_channels": [config.channels * m for m in config.multipliers],
         "layers_per_block": config.num_blocks,

@@ -84,9 +84,8 @@ def write_diffusers(folder, model, params, tokenizer=None):
 def _index(model):
     """Which class of which library loads each part."""
     text = "CLIPTextModelWithProjection" if model.text_encoder.projection else "CLIPTextModel"
-    paints = model.unet.in_channels != model.unet.out_channels
     return {
-        "_class_name": "StableDiffusionInpaintPipeline" if paints else "StableDiffusionPipeline",
+        "_class_name": "StableDiffusionInpaintPipeline" if model.unet.extra_channels else "StableDiffusionPipeline",
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "VQModel" if model.autoencoder.num_codes else "AutoencoderKL"],
         "text_encoder": ["transformers", text],

@@ -48,8 +48,8 @@ def part_shapes(config):
 def _unet_init(config):
     side = 2 ** (len(config.multipliers) - 1)
     parts = {"z": config.out_channels}
-    if config.in_channels != config.out_channels:  # an inpainting network
-        parts |= {"mask": 1, "masked": config.out_channels}
+    if config.extra_channels:
+        parts |= {"mask": 1, "masked": config.extra_channels - 1}
     z, *rest = (jnp.zeros((1, side, side, channels)) for channels in parts.values())
     named = dict(zip(list(parts)[1:], rest, strict=True)) | {"text": jnp.zeros((1, 1, config.context_dim))}
     label, one = jnp.zeros(1, jnp.int32), jnp.zeros(1)

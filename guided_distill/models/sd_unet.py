@@ -29,7 +29,7 @@ class SDUNetConfig:
     context_dim: int = 768
     linear_projection: bool = False  # around attention, in place of 1x1 convolutions
     norm_groups: int = 32
-    in_channels: int = 4  # of z, the mask and the masked image's latent together
+    extra_channels: int = 0  # that the mask and the latent of the masked image bring, where the network paints in
     out_channels: int = 4
     num_classes: int = 0  # 0: context is cond["text"]; else the label's token. num_classes means "no condition".
     w_conditioned: bool = False
@@ -42,7 +42,7 @@ class SDUNetConfig:
 
 SD_UNETS = {
     "sd1": SDUNetConfig(),
-    "sd1_inpainting": SDUNetConfig(in_channels=9),
+    "sd1_inpainting": SDUNetConfig(extra_channels=5),
     "sd2": SDUNetConfig(heads=(5, 10, 20, 20), context_dim=1024, linear_projection=True),
     "ldm_imagenet256": SDUNetConfig(
         channels=192,
@@ -50,7 +50,6 @@ SD_UNETS = {
         attention=(False, True, True, True),
         heads=(1, 1, 1, 1),
         context_dim=512,
-        in_channels=3,
         out_channels=3,
         num_classes=1000,
         betas=(0.0015, 0.0195),
@@ -129,7 +128,7 @@ class SDUNet(nn.Module):
 
     text [B, L, context_dim] where there are no classes; mask [B, H, W, 1], 1 = repaint, and masked [B, H, W, C], the
     latent of the masked image, where the network paints in. Sides are multiples of 2^(levels - 1). The network has no
-    dropout: `train` changes nothing. Raises ValueError where inputs and in_channels do not agree.
+    dropout: `train` changes nothing. Raises ValueError where inputs and config do not agree.
     """
 
     config: SDUNetConfig
@@ -180,16 +179,15 @@ class SDUNet(nn.Module):
 
 def _network_input(config, z, mask, masked):
     """z, the mask and the masked image's latent, in the order of the published inpainting networks."""
-    parts = [part.astype(z.dtype) for part in (z, mask, masked) if part is not None]
-    found = [part.shape[-1] for part in parts]
-    if sum(found) != config.in_channels:
+    extra = [part.astype(z.dtype) for part in (mask, masked) if part is not None]
+    if (found := sum(part.shape[-1] for part in extra)) != config.extra_channels:
         raise ValueError(
-            f"the U-Net takes {config.in_channels} channels; z, cond['mask'] and cond['masked'] bring {found}"
+            f"cond['mask'] and cond['masked'] bring {found} channels; the U-Net takes {config.extra_channels} besides z"
         )
     multiple = 2 ** (len(config.multipliers) - 1)
     if z.shape[1] % multiple or z.shape[2] % multiple:
         raise ValueError(f"a latent of {z.shape[1]} x {z.shape[2]}: its sides must be multiples of {multiple}")
-    return jnp.concatenate(parts, axis=-1)
+    return jnp.concatenate([z, *extra], axis=-1)
 
 
 def time_sinusoid(position, dim):

@@ -98,7 +98,7 @@ def test_the_unet_agrees_at_every_time_and_strength(name):
     params = import_tree(diffusers_names.unet(config), part_shapes(config), arrays(theirs), name)
     z, text = normal(4, 8, 8, config.out_channels), normal(4, 7, 24, seed=1)
     cond, given = {"text": text}, z
-    if config.in_channels == 9:
+    if config.extra_channels == 5:
         cond |= {"mask": (normal(4, 8, 8, 1, seed=2) > 0).astype(np.float32), "masked": normal(4, 8, 8, 4, seed=3)}
         given = np.concatenate([z, cond["mask"], cond["masked"]], -1)
     extra = {}
