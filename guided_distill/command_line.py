@@ -41,10 +41,23 @@ SAMPLES = flags.DEFINE_string(
 )
 NUM = flags.DEFINE_integer("num", 64, "sample: how many images.")
 SEED = flags.DEFINE_integer("seed", 0, "sample: image k depends on (seed, k), its label and w alone.")
-NETWORK = flags.DEFINE_string("network", None, "import: the feature network, efficientnet_lite0 or inception_v3.")
-SOURCE = flags.DEFINE_string("source", None, "import: its weights as published; those of an installed package else.")
+NETWORK = flags.DEFINE_string(
+    "network",
+    None,
+    "import: the feature network, efficientnet_lite0 or inception_v3, or the kind of latent model that a single file "
+    "holds (sd1, sd1_inpainting, sd2_base, sd2_768, ldm_imagenet256).",
+)
+SOURCE = flags.DEFINE_string(
+    "source",
+    None,
+    "import: a feature network's weights as published, those of an installed package by default; a latent model's "
+    "folder as diffusers writes it, or its single file.",
+)
 OUT = flags.DEFINE_string(
-    "out", None, "sample: grid.png (samples.png by default), or samples.npz with x, label, index; export: a directory."
+    "out",
+    None,
+    "sample: grid.png (samples.png by default), or samples.npz with x, label, index; export, import of a latent model: "
+    "a directory.",
 )
 FORMATS = flags.DEFINE_list("formats", ["bundle"], "export: bundle, stablehlo.")
 STAGES = flags.DEFINE_list(

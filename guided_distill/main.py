@@ -12,9 +12,9 @@ from guided_distill.errors import Fault, Stopped, UserError
 def _dispatch():
     # Imported here: a mistyped flag should not wait for JAX.
     if flag.MODE.value == "import":
-        from guided_distill.interop import feature_weights
+        from guided_distill.interop import command
 
-        feature_weights.import_weights(flag.NETWORK.value, flag.SOURCE.value)
+        command.import_weights(flag.NETWORK.value, flag.SOURCE.value, flag.OUT.value)
         return
     config = flag.CONFIG.value.to_dict()
     if flag.MODE.value == "plan" or flag.DRY_RUN.value:

@@ -61,8 +61,12 @@ def test_every_backbone_has_what_the_pipeline_sets(name):
     out, variables = jax.eval_shape(module.init_with_output, *arguments)
     embedding = variables["params"]["embedding"]
     assert (out.shape, out.dtype) == ((3, 16, 16, 2), jnp.float32)
-    assert embedding.keys() == {"time1", "time2", "label", "w1", "w2"}
-    assert embedding["label"]["kernel"].shape[0] == 3
+    if name == "sd_unet":  # its label is a token to attend to, not a term of the embedding
+        assert embedding.keys() == {"time1", "time2", "w"}
+        assert variables["params"]["classes"]["embedding"].shape[0] == 3 + 1
+    else:
+        assert embedding.keys() == {"time1", "time2", "label", "w1", "w2"}
+        assert embedding["label"]["kernel"].shape[0] == 3
 
 
 # The MLP

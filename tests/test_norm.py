@@ -53,6 +53,13 @@ def test_values_and_gradients_equal_those_of_linen(dtype, rtol):
         assert np.abs(a - e).max() <= rtol * np.abs(e).max(), jax.tree_util.keystr(path)
 
 
+def test_epsilon_can_be_another():
+    got = GroupNorm(GROUPS, X.dtype, 0.3).apply({"params": PARAMS}, X)
+    expected = nn.GroupNorm(GROUPS, epsilon=0.3).apply({"params": PARAMS}, X)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(got - linen("float32", False, X, PARAMS)).max() > 1e-2
+
+
 def test_parameters_are_those_of_linen():
     modules = GroupNorm(GROUPS, X.dtype), nn.GroupNorm(GROUPS)
     jax.tree.map(np.testing.assert_array_equal, *(module.init(jax.random.key(0), X) for module in modules))

@@ -71,7 +71,8 @@ def test_every_core_requirement_is_imported(metadata):
 
 
 def test_every_import_is_declared(metadata):
-    extras = [requirement for name in ("examples", "tfds", "eval") for requirement in metadata["extras_require"][name]]
+    named = ("examples", "tfds", "eval", "text")
+    extras = [requirement for name in named for requirement in metadata["extras_require"][name]]
     declared = {import_name(requirement) for requirement in metadata["install_requires"] + extras}
     house = {"guided_distill", "configs"}
     undeclared = imports_of("guided_distill", "configs") - declared - house - sys.stdlib_module_names

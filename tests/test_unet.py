@@ -14,7 +14,7 @@ from flax import traverse_util
 from guided_distill import diffusion
 from guided_distill.models import make_model_fn
 from guided_distill.models.embeddings import noise_level, sinusoid
-from guided_distill.models.unet import UNet, UNetConfig, _depth_to_space, _downsample, _space_to_depth, _upsample
+from guided_distill.models.unet import UNet, UNetConfig, _depth_to_space, _downsample, _space_to_depth, upsample
 
 CIFAR10 = UNetConfig(num_classes=0)
 IMAGENET64 = UNetConfig(
@@ -240,7 +240,7 @@ def test_depth_to_space_undoes_space_to_depth(patch):
 
 
 def test_upsampling_repeats_each_pixel_and_its_gradient_is_their_sum():
-    repeated, pullback = jax.vjp(_upsample, Z)
+    repeated, pullback = jax.vjp(upsample, Z)
     np.testing.assert_array_equal(repeated, np.repeat(np.repeat(Z, 2, axis=1), 2, axis=2))
     cotangent = jax.random.normal(jax.random.key(2), repeated.shape)
     np.testing.assert_allclose(pullback(cotangent)[0], 4.0 * _downsample(cotangent), rtol=1e-5, atol=1e-6)

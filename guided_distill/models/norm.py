@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_EPSILON = 1e-6  # Linen's
-
 
 class GroupNorm(nn.Module):
     """act(GroupNorm(x) (1 + scale) + shift), statistics and arithmetic in float32, result in `dtype`.
@@ -27,6 +25,7 @@ class GroupNorm(nn.Module):
 
     num_groups: int
     dtype: jnp.dtype
+    epsilon: float = 1e-6  # Linen's
 
     @nn.compact
     def __call__(self, x, scale=None, shift=None, *, swish=False):
@@ -39,23 +38,23 @@ class GroupNorm(nn.Module):
         )
         if scale is not None:
             gamma, beta = gamma + gamma * scale, beta + beta * scale + shift
-        return _norm(x, gamma, beta, self.num_groups, swish).astype(self.dtype)
+        return _norm(x, gamma, beta, self.num_groups, self.epsilon, swish).astype(self.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _norm(x, gamma, beta, num_groups, swish):
-    return _norm_fwd(x, gamma, beta, num_groups, swish)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _norm(x, gamma, beta, num_groups, epsilon, swish):
+    return _norm_fwd(x, gamma, beta, num_groups, epsilon, swish)[0]
 
 
-def _norm_fwd(x, gamma, beta, num_groups, swish):
+def _norm_fwd(x, gamma, beta, num_groups, epsilon, swish):
     large = x.astype(jnp.float32)
     mean, square = (_over_groups(s.mean((1, 2)), num_groups) for s in (large, large * large))
-    std = jnp.sqrt(jnp.maximum(square - mean**2, 0.0) + _EPSILON)
+    std = jnp.sqrt(jnp.maximum(square - mean**2, 0.0) + epsilon)
     y = _affine(large, gamma, beta, mean, std)
     return nn.swish(y) if swish else y, (x, gamma, beta, mean, std)
 
 
-def _norm_bwd(num_groups, swish, residuals, g):
+def _norm_bwd(num_groups, epsilon, swish, residuals, g):
     # Behind the barrier the sigmoid is computed again, which takes less time than to write and to read it.
     x, gamma, beta, mean, std = lax.optimization_barrier(residuals)
     dtype, x = x.dtype, x.astype(jnp.float32)

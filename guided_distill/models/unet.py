@@ -48,7 +48,8 @@ def _conv(features, dtype, *, kernel=3, zero_init=False, name=None):
 
 
 @jax.custom_vjp
-def _upsample(h):
+def upsample(h):
+    """Each pixel four times: [B, H, W, C] -> [B, 2 H, 2 W, C]. It has reverse-mode gradients only."""
     b, height, width, c = h.shape
     h = jnp.broadcast_to(h[:, :, None, :, None, :], (b, height, 2, width, 2, c))
     return h.reshape(b, 2 * height, 2 * width, c)
@@ -62,7 +63,7 @@ def _upsample_bwd(_, g):
     return (g[:, :, :, 0] + g[:, :, :, 1],)
 
 
-_upsample.defvjp(lambda h: (_upsample(h), None), _upsample_bwd)
+upsample.defvjp(lambda h: (upsample(h), None), _upsample_bwd)
 
 
 def _downsample(h):
@@ -70,7 +71,7 @@ def _downsample(h):
     return h.reshape(b, height // 2, 2, width // 2, 2, c).mean((2, 4))
 
 
-_RESAMPLE = {"none": lambda h: h, "up": _upsample, "down": _downsample}
+_RESAMPLE = {"none": lambda h: h, "up": upsample, "down": _downsample}
 
 
 class ResnetBlock(nn.Module):

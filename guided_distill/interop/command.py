@@ -1,0 +1,34 @@
+"""--mode=import: weights of others converted once, by what --network and --source name."""
+
+import pathlib
+
+from guided_distill.errors import UserError
+from guided_distill.interop import compvis, diffusers_folder, feature_weights, latent_folder
+from guided_distill.models.latent_models import LATENT_MODELS
+
+
+def import_weights(network, source, out):
+    """Converts a feature network into the cache, or a latent model into the folder `out`, and says so.
+
+    A latent model's `source` is a folder of diffusers, or a single file of the kind LATENT_MODELS[network]. Raises
+    UserError for what is missing or does not fit.
+    """
+    path = None if source is None else pathlib.Path(source).expanduser()
+    if network in LATENT_MODELS and (path is None or not path.is_dir()):
+        if path is None:
+            raise UserError(f"--source is missing: the file that holds {network}")
+        model, params = compvis.read_compvis(path, network)
+    elif path is not None and path.is_dir():
+        if network is not None:
+            raise UserError(f"--network={network}: a folder says itself what it holds; leave --network away")
+        model, params = diffusers_folder.read_diffusers(path)
+    elif network in feature_weights.SOURCES:
+        feature_weights.import_weights(network, source)
+        return
+    else:
+        known = ", ".join([*feature_weights.SOURCES, *LATENT_MODELS])
+        raise UserError(f"--network={network}: must be one of {known}, or --source a folder of diffusers")
+    if out is None:
+        raise UserError("--out is missing: the folder that the converted model goes to")
+    latent_folder.write_latent(out, model, params)
+    print(f"{latent_folder.describe(model, params)}: {path} is now in {out}")

@@ -1,0 +1,48 @@
+"""Files of weights of other projects as arrays by their keys: safetensors, and PyTorch's without running any code."""
+
+import jax
+import numpy as np
+import safetensors
+
+from guided_distill.errors import UserError
+
+_EXTRA = "pip install 'guided_distill[eval]'"
+
+
+def read_weights(path):
+    """{key: array} of a .safetensors file or a checkpoint of PyTorch, where it may lie under "state_dict".
+
+    Raises UserError for a file that is missing, damaged, or holds something else than tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    return read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+
+
+def read_safetensors(path):
+    """{key: array} of a safetensors file; bfloat16 too. Raises UserError for a damaged one."""
+    try:
+        # Through JAX's arrays on the host: NumPy's own reader does not know bfloat16.
+        with jax.default_device(jax.local_devices(backend="cpu")[0]), safetensors.safe_open(path, "flax") as file:
+            return {key: np.asarray(file.get_tensor(key)) for key in file.keys()}
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path} is no whole safetensors file ({error}); make or download it again") from error
+
+
+def _read_torch(path):
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{path} is a file of PyTorch, which is not installed: {_EXTRA}") from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and PyTorch each raise their own
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{path} cannot be read as weights alone ({reason[:100]}); give it as safetensors, which runs no code"
+        ) from error
+    state = state.get("state_dict", state)
+    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    return {
+        key: value.float().numpy() if value.is_floating_point() else value.numpy() for key, value in tensors.items()
+    }

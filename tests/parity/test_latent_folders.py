@@ -1,0 +1,187 @@
+"""Whole models on disk: what diffusers writes we read, what we write it runs, and single files by its converters."""
+
+import dataclasses
+import functools
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from diffusers.loaders import single_file_utils
+
+from guided_distill import diffusion, samplers
+from guided_distill.guidance import make_denoiser
+from guided_distill.interop import compvis, diffusers_configs, diffusers_folder, diffusers_names
+from guided_distill.interop.tensors import export_tree
+from guided_distill.models import make_model_fn
+from guided_distill.models.autoencoder import Autoencoder, AutoencoderConfig
+from guided_distill.models.clip import TextConfig, TextEncoder
+from guided_distill.models.latent_models import LATENT_MODELS, LatentModel, part_shapes
+from guided_distill.models.sd_unet import SDUNet, SDUNetConfig
+
+UNET = SDUNetConfig(
+    channels=16,
+    multipliers=(1, 2),
+    num_blocks=1,
+    attention=(True, False),
+    heads=(2, 2),
+    context_dim=32,
+    norm_groups=8,
+    w_conditioned=True,
+)
+STUDENT = LatentModel(
+    UNET,
+    AutoencoderConfig(channels=16, multipliers=(1, 2), num_blocks=1, norm_groups=8),
+    TextConfig(vocabulary=99, positions=16, width=32, layers=1, heads=4, mlp=37),
+    "v",
+    8,
+)
+
+
+def random_params(model):
+    """Values that keep the size of what passes them, and no zeros."""
+    rng = np.random.default_rng(0)
+
+    def draw(leaf):
+        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 10
+        return (rng.normal(size=leaf.shape) / fan_in**0.5).astype(np.float32)
+
+    return {part: jax.tree.map(draw, part_shapes(getattr(model, part))) for part in model.parts}
+
+
+def close(ours, theirs, rtol=1e-4):
+    theirs = theirs.detach().numpy() if isinstance(theirs, torch.Tensor) else np.asarray(theirs)
+    assert ours.shape == theirs.shape
+    error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+    assert error <= rtol, error
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder, params = tmp_path_factory.mktemp("student"), random_params(STUDENT)
+    diffusers_folder.write_diffusers(folder, STUDENT, params)
+    return folder, params
+
+
+@pytest.fixture(scope="module")
+def pipeline(written):
+    """Loaded part by part: a tokenizer needs files that this model has none of."""
+    folder, _ = written
+    parts = {
+        "unet": diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"),
+        "vae": diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
+        "text_encoder": transformers.CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        "scheduler": diffusers.DDIMScheduler.from_pretrained(folder / "scheduler"),
+    }
+    extra = {"safety_checker": None, "feature_extractor": None, "tokenizer": None, "requires_safety_checker": False}
+    found = diffusers.StableDiffusionPipeline(**parts, **extra)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def test_a_text_encoder_with_the_prefix_is_loaded_by_todays_transformers(written, pipeline):
+    _, params = written
+    tokens = np.array([[97, 5, 8, *[98] * 13]])
+    states, _ = jax.jit(TextEncoder(STUDENT.text_encoder).apply)({"params": params["text_encoder"]}, tokens)
+    close(states, pipeline.text_encoder(torch.tensor(tokens)).last_hidden_state)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("guidance_scale", [1.5, 9.0])
+def test_the_pipeline_ends_where_our_sampler_ends(written, pipeline, num_steps, guidance_scale):
+    _, params = written
+    rng = np.random.default_rng(1)
+    z, text = rng.normal(size=(1, 8, 8, 4)).astype(np.float32), rng.normal(size=(1, 5, 32)).astype(np.float32)
+    calls = []
+    hook = pipeline.unet.register_forward_hook(lambda module, given, result: calls.append(given[0].shape[0]))
+    theirs = pipeline(
+        prompt_embeds=torch.tensor(text),
+        latents=torch.tensor(np.moveaxis(z, -1, 1).copy()),
+        num_inference_steps=num_steps,
+        guidance_scale=guidance_scale,
+        output_type="latent",
+    ).images
+    hook.remove()
+    assert calls == [1] * num_steps
+    schedule = diffusion.DiscreteBetas()
+    denoiser = make_denoiser(make_model_fn(SDUNet(UNET)), params["unet"], schedule, "v")
+    cond = {"text": jnp.asarray(text), "w": jnp.full(1, guidance_scale - 1.0)}
+    grid = jax.tree.map(jnp.asarray, diffusion.make_grid(schedule, num_steps))
+    run = jax.jit(lambda z, num: samplers.deterministic(denoiser, grid, z, cond, num))
+    at = run(z, num_steps)
+    close(np.moveaxis(np.asarray(at), -1, 1), theirs)
+    image = jax.jit(
+        lambda z: Autoencoder(STUDENT.autoencoder).apply({"params": params["autoencoder"]}, z, method="decode")
+    )
+    with torch.no_grad():
+        close(np.moveaxis(np.asarray(image(at)), -1, 1), pipeline.vae.decode(theirs / 0.18215).sample)
+
+
+def test_what_diffusers_saves_again_we_read_as_it_was(written, pipeline, tmp_path):
+    folder, params = written
+    for place in ("unet", "vae", "text_encoder", "scheduler"):
+        getattr(pipeline, place).save_pretrained(tmp_path / place)
+    model, again = diffusers_folder.read_diffusers(tmp_path)
+    assert model == STUDENT
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+# Single files
+
+KINDS = {
+    "sd1": dataclasses.replace(STUDENT, unet=dataclasses.replace(UNET, w_conditioned=False), parameterisation="eps"),
+    "sd2_base": dataclasses.replace(
+        STUDENT,
+        unet=dataclasses.replace(UNET, w_conditioned=False, linear_projection=True, num_blocks=2, multipliers=(1, 2, 2),
+                                 attention=(True, True, False), heads=(1, 2, 2)),
+        text_encoder=dataclasses.replace(STUDENT.text_encoder, activation="gelu", layers=23),
+    ),
+}  # fmt: skip
+
+
+def converted(part, state, model):
+    """The part under diffusers' names, by its own converters."""
+    tensors = {key: torch.tensor(value) for key, value in state.items()}
+    if part == "unet":
+        return single_file_utils.convert_ldm_unet_checkpoint(tensors, diffusers_configs.write_unet(model.unet, 8))
+    if part == "autoencoder":
+        config = diffusers_configs.write_autoencoder(model.autoencoder, 8)
+        return single_file_utils.convert_ldm_vae_checkpoint(tensors, config)
+    if model.text_encoder.activation == "quick_gelu":
+        return single_file_utils.convert_ldm_clip_checkpoint(tensors)
+    said = transformers.CLIPTextConfig(**diffusers_configs.write_text_encoder(model.text_encoder))
+    with torch.device("meta"):
+        return single_file_utils.convert_open_clip_checkpoint(transformers.CLIPTextModel(said), tensors)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_single_files_mean_what_diffusers_takes_them_for(name, tmp_path, monkeypatch):
+    model = KINDS[name]
+    params = random_params(model)
+    monkeypatch.setitem(LATENT_MODELS, name, model)
+    compvis.write_compvis(tmp_path / "a.safetensors", model, params)
+    state = diffusers_folder.read_safetensors(tmp_path / "a.safetensors")
+    for part in model.parts:
+        expected = export_tree(getattr(diffusers_names, part)(getattr(model, part)), params[part])
+        theirs = {key: np.asarray(value) for key, value in converted(part, state, model).items()}
+        theirs = {key.removeprefix("text_model."): value for key, value in theirs.items()}
+        expected = {key.removeprefix("text_model."): value for key, value in expected.items()}
+        assert theirs.keys() == expected.keys(), part
+        for key, value in expected.items():
+            np.testing.assert_array_equal(theirs[key].reshape(value.shape), value, err_msg=key)
+
+
+def test_a_checkpoint_of_pytorch_is_read_without_running_code(tmp_path, monkeypatch):
+    model, params = KINDS["sd1"], random_params(KINDS["sd1"])
+    monkeypatch.setitem(LATENT_MODELS, "sd1", model)
+    compvis.write_compvis(tmp_path / "a.safetensors", model, params)
+    state = diffusers_folder.read_safetensors(tmp_path / "a.safetensors")
+    path = tmp_path / "a.ckpt"
+    torch.save({"state_dict": {key: torch.tensor(value) for key, value in state.items()}, "global_step": 7}, path)
+    jax.tree.map(np.testing.assert_array_equal, compvis.read_compvis(path, "sd1")[1], params)
+    torch.save({"state_dict": {"a": functools.partial(print)}}, path)
+    with pytest.raises(diffusers_folder.UserError, match="cannot be read as weights alone"):
+        compvis.read_compvis(path, "sd1")
