@@ -1,4 +1,4 @@
-"""Multi-head attention of the latent networks and of CLIP, through `jax.nn.dot_product_attention`."""
+"""Multi-head attention through `jax.nn.dot_product_attention`: cuDNN's where it is known to do, XLA's elsewhere."""
 
 import flax.linen as nn
 import jax
@@ -26,9 +26,14 @@ class Attention(nn.Module):
             return h.reshape(*h.shape[:2], self.heads, channels // self.heads)
 
         q, k, v = split("q", x), split("k", context), split("v", context)
-        how = implementation(q.dtype, q.shape[-1], jax.default_backend())
-        h = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal, implementation=how)
+        h = attend(q, k, v, causal=self.causal)
         return nn.Dense(channels, dtype=self.dtype, kernel_init=self.kernel_init, name="out")(h.reshape(x.shape))
+
+
+def attend(q, k, v, *, causal=False):
+    """softmax(q k^T / sqrt(d)) v for q [B, T, heads, d], k and v [B, L, heads, d]."""
+    how = implementation(q.dtype, q.shape[-1], jax.default_backend())
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=how)
 
 
 def implementation(dtype, head_dim, platform):

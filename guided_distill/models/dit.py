@@ -7,9 +7,9 @@ Counted in `tests/test_dit.py` on latents 32x32x4 with 1000 classes and 8 output
 import dataclasses
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
+from guided_distill.models.attention import attend
 from guided_distill.models.embeddings import Embedding
 
 
@@ -58,7 +58,7 @@ class Block(nn.Module):
 
         h = _dense(3 * hidden, dtype, name="qkv")(_modulated(x, shift_1, scale_1))
         q, k, v = (part.reshape(b, tokens, config.heads, -1) for part in jnp.split(h, 3, axis=-1))
-        h = jax.nn.dot_product_attention(q, k, v).reshape(b, tokens, hidden)
+        h = attend(q, k, v).reshape(b, tokens, hidden)
         x = x + gate_1 * _dense(hidden, dtype, name="out")(h)
 
         h = _dense(int(config.mlp_ratio * hidden), dtype, name="mlp1")(_modulated(x, shift_2, scale_2))

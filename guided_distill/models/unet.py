@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from guided_distill.models.attention import attend
 from guided_distill.models.conv import conv_general_dilated
 from guided_distill.models.embeddings import Embedding
 from guided_distill.models.norm import GroupNorm
@@ -113,7 +114,7 @@ class AttentionBlock(nn.Module):
         q, k, v = (
             nn.Dense(c, dtype=dtype, name=name)(h).reshape(b, height * width, c // head_dim, head_dim) for name in "qkv"
         )
-        h = jax.nn.dot_product_attention(q, k, v).reshape(b, height, width, c)
+        h = attend(q, k, v).reshape(b, height, width, c)
         return x + nn.Dense(c, dtype=dtype, kernel_init=nn.initializers.zeros, name="out")(h)
 
 
