@@ -13,7 +13,7 @@ import transformers
 from diffusers.loaders import single_file_utils
 
 from guided_distill import diffusion, samplers
-from guided_distill.guidance import make_denoiser
+from guided_distill.guidance import classifier_free, make_denoiser
 from guided_distill.interop import compvis, diffusers_configs, diffusers_folder, diffusers_names
 from guided_distill.interop.tensors import export_tree
 from guided_distill.models import make_model_fn
@@ -66,10 +66,8 @@ def written(tmp_path_factory):
     return folder, params
 
 
-@pytest.fixture(scope="module")
-def pipeline(written):
-    """Loaded part by part: a tokenizer needs files that this model has none of."""
-    folder, _ = written
+def load(folder):
+    """A pipeline, part by part: a tokenizer needs files that these models have none of."""
     parts = {
         "unet": diffusers.UNet2DConditionModel.from_pretrained(folder / "unet"),
         "vae": diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
@@ -80,6 +78,11 @@ def pipeline(written):
     found = diffusers.StableDiffusionPipeline(**parts, **extra)
     found.set_progress_bar_config(disable=True)
     return found
+
+
+@pytest.fixture(scope="module")
+def pipeline(written):
+    return load(written[0])
 
 
 def test_a_text_encoder_with_the_prefix_is_loaded_by_todays_transformers(written, pipeline):
@@ -118,6 +121,34 @@ def test_the_pipeline_ends_where_our_sampler_ends(written, pipeline, num_steps, 
     )
     with torch.no_grad():
         close(np.moveaxis(np.asarray(image(at)), -1, 1), pipeline.vae.decode(theirs / 0.18215).sample)
+
+
+@pytest.mark.parametrize("num_steps", [4, 20])
+def test_a_teacher_is_guided_there_as_here(num_steps, tmp_path):
+    """Without the w input the pipeline doubles its batch, as our teacher does."""
+    model = KINDS["sd1"]
+    params = random_params(model)
+    diffusers_folder.write_diffusers(tmp_path, model, params)
+    rng = np.random.default_rng(1)
+    z, text, null = (rng.normal(size=(1, *shape)).astype(np.float32) for shape in ((8, 8, 4), (5, 32), (5, 32)))
+    calls, pipeline = [], load(tmp_path)
+    pipeline.unet.register_forward_hook(lambda module, given, result: calls.append(given[0].shape[0]))
+    theirs = pipeline(
+        prompt_embeds=torch.tensor(text),
+        negative_prompt_embeds=torch.tensor(null),
+        latents=torch.tensor(np.moveaxis(z, -1, 1).copy()),
+        num_inference_steps=num_steps,
+        guidance_scale=3.0,
+        output_type="latent",
+    ).images
+    assert calls == [2] * num_steps
+    schedule = diffusion.DiscreteBetas()
+    denoiser = make_denoiser(make_model_fn(SDUNet(model.unet)), params["unet"], schedule, "eps")
+    guided = classifier_free(denoiser, lambda cond: {**cond, "text": jnp.asarray(null)})
+    cond = {"text": jnp.asarray(text), "w": jnp.full(1, 2.0)}
+    grid = jax.tree.map(jnp.asarray, diffusion.make_grid(schedule, num_steps))
+    ours = jax.jit(lambda z: samplers.deterministic(guided, grid, z, cond, num_steps))(z)
+    close(np.moveaxis(np.asarray(ours), -1, 1), theirs)
 
 
 def test_what_diffusers_saves_again_we_read_as_it_was(written, pipeline, tmp_path):
