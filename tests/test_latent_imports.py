@@ -113,6 +113,25 @@ def test_compvis_names_cover_the_published_models_at_full_size(name):
     assert {f"{first}.decoder.mid.attn_1.q.bias", *(f"{unet}.{key}" for key in known)} <= {*keys}
 
 
+def test_keys_of_stable_diffusion_in_diffusers_as_published():
+    """A few whose place in the network and whose shape tell the order of levels and blocks."""
+    model, found = LATENT_MODELS["sd1"], {}
+    for part in model.parts:
+        config = getattr(model, part)
+        found |= diffusers_folder.PARTS[part][-1](config).their_shapes(part_shapes(config))
+    published = {
+        "up_blocks.0.resnets.0.conv1.weight": (1280, 2560, 3, 3),
+        "up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_k.weight": (320, 768),
+        "up_blocks.2.upsamplers.0.conv.weight": (640, 640, 3, 3),
+        "down_blocks.1.attentions.0.proj_in.weight": (640, 640, 1, 1),
+        "down_blocks.2.resnets.0.conv_shortcut.weight": (1280, 640, 1, 1),
+        "decoder.up_blocks.3.resnets.0.conv_shortcut.weight": (128, 256, 1, 1),
+        "encoder.conv_out.weight": (8, 512, 3, 3),
+        "text_model.encoder.layers.11.mlp.fc1.weight": (3072, 768),
+    }
+    assert {key: found.get(key) for key in published} == published
+
+
 # Folders of diffusers
 
 
