@@ -99,6 +99,8 @@ class Checkpoints:
                 return item["state"], item["batches"]
             except Exception as error:  # as above, for a damaged file
                 damage, where = _reason(error), _step_dir(self._stage_dir, step)
+                if jax.process_count() > 1:  # the others may wait for this one inside Orbax, and never come back here
+                    raise Fault(f"{where} cannot be read ({damage}); where it is damaged, move it away") from error
                 if _checksums_path(self._stage_dir, step).exists():
                     raise UserError(f"{where} is whole but not of this model or code ({damage})") from error
             if distributed.is_main():
@@ -198,8 +200,9 @@ def _damage(stage_dir, step):
     path = _checksums_path(stage_dir, step)
     try:
         noted = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        return f"its checksums, {path}, are no JSON"
+        noted.items()
+    except (ValueError, AttributeError):
+        return f"its checksums, {path}, are not what was noted"
     for name, expected in noted.items():
         file = _step_dir(stage_dir, step) / name
         found = _checksum(file) if file.exists() else None

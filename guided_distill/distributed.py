@@ -7,14 +7,23 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from guided_distill.errors import UserError
+from guided_distill.errors import Fault, UserError
 
 
 def initialise(coordinator=None, num_processes=None, process_id=None):
     """Connects this process with the others, before the first use of a device. Does nothing for a single process."""
     arguments = arguments_of(coordinator, num_processes, process_id, os.environ)
     if arguments is not None:
-        jax.distributed.initialize(**arguments)
+        try:
+            jax.distributed.initialize(**arguments)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"the processes cannot be brought together ({reason}); see --coordinator") from error
+
+
+def several():
+    """Whether there are other processes."""
+    return jax.process_count() > 1
 
 
 def is_main():
@@ -23,7 +32,7 @@ def is_main():
 
 
 def agreed(make):
-    """What make() says on process 0, a JSON value, on every process; a UserError that it raises there too.
+    """What make() says on process 0, a JSON value, on every process; a UserError or Fault that it raises there too.
 
     For whatever is read from files, which process 0 writes: each process for itself might read before or after that.
     """
@@ -33,14 +42,14 @@ def agreed(make):
     if is_main():
         try:
             said = {"value": make()}
-        except UserError as error:
-            said = {"error": str(error)}
+        except (UserError, OSError) as error:
+            said = {"error": str(error), "users": type(error) is UserError}
     text = np.frombuffer(json.dumps(said).encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     text = multihost_utils.broadcast_one_to_all(np.resize(text, length))
     said = json.loads(np.asarray(text, np.uint8).tobytes())
     if "error" in said:
-        raise UserError(said["error"])
+        raise (UserError if said["users"] else Fault)(said["error"])
     return said["value"]
 
 

@@ -150,7 +150,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Everything a run is made of; what `_FREE_KEYS` names leaves the trained weights alone."""
+    """Everything a run is made of; what `differences.py` calls free leaves the trained weights alone."""
 
     seed: int
     data: DataConfig
@@ -187,17 +187,6 @@ SERIES = ("det", "sto", "encode", "two", "tract")
 FEATURES = ("classifier", *NETWORKS)
 _PLANS = ("fixed", "auto")
 _TEACHER_DTYPES = ("float32", "bfloat16")
-_FREE_KEYS = (
-    *(f"config.{group}.accumulate" for group in ("teacher", "to_v", "stage1", "stage2")),
-    "config.mesh",
-    "config.model.remat",
-    "config.evaluate",
-    "config.log",
-    "config.checkpoint",
-    "config.data.data_dir",
-    "config.data.test_split",
-    "config.rounds.gate_most_left",
-)
 
 
 def from_config(config):
@@ -376,18 +365,3 @@ def _check_at_least(experiment):
     for name in ("w", "num_steps", "features"):
         if not getattr(experiment.evaluate, name):
             raise UserError(f"config.evaluate.{name} is empty; name at least one value")
-
-
-def differing_keys(ours, theirs, path="config"):
-    """Keys that change trained weights and differ between two configs, as "key: theirs -> ours", sorted."""
-    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        keys = (key for key in sorted(ours.keys() | theirs.keys()) if f"{path}.{key}" not in _FREE_KEYS)
-        lines = (differing_keys(ours.get(key), theirs.get(key), f"{path}.{key}") for key in keys)
-        return [line for group in lines for line in group]
-    # A config that went through JSON has lists for tuples.
-    same = (
-        list(ours) == list(theirs)
-        if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple)
-        else ours == theirs
-    )
-    return [] if same else [f"{path}: {theirs!r} -> {ours!r}"]

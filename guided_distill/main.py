@@ -8,6 +8,8 @@ import sys
 from guided_distill import command_line as flag
 from guided_distill.errors import Fault, Stopped, UserError
 
+_OF_SEVERAL = ("run", "evaluate", "sample")  # modes that several processes do together
+
 
 def _dispatch():
     # Imported here: a mistyped flag should not wait for JAX.
@@ -34,6 +36,11 @@ def _dispatch():
     compilation.keep_programs()
     distributed.initialise(flag.COORDINATOR.value, flag.NUM_PROCESSES.value, flag.PROCESS_ID.value)
     preemption.listen()
+    if distributed.several() and (flag.MODE.value not in _OF_SEVERAL or flag.SAMPLES.value is not None):
+        what = "--samples" if flag.MODE.value in _OF_SEVERAL else f"--mode={flag.MODE.value}"
+        raise UserError(f"{what} is for one process; start it without --coordinator, and outside srun and mpirun")
+    if flag.PROFILE.value < 0:
+        raise UserError(f"--profile={flag.PROFILE.value}: must be a number of updates")
     workdir = flag.WORKDIR.value or flag.default_workdir()
     experiment = from_config(config)
     if flag.SAMPLES.value is not None and flag.MODE.value != "evaluate":

@@ -24,7 +24,7 @@ from guided_distill.chips import peak_flops
 from guided_distill.generate import sample_images
 from guided_distill.profiling import make_tracer
 from guided_distill.progress import RunProgress
-from guided_distill.state import check_same_model, make_state, student_params
+from guided_distill.state import as_teacher, check_same_model, make_state, student_params
 from guided_distill.teachers import flops_of_a_call, shapes_of
 from guided_distill.workdir import open_run
 
@@ -88,7 +88,13 @@ def train_stage(this, stage, progress, trace_updates=0):
     state = sharding.place(mesh, make_state(params, optimiser))
     with Checkpoints(directory, keep=experiment.checkpoint.keep) as checkpoints:
         state = train.fit(
-            _loop(this, stage, progress, gate.is_over, make_tracer(directory / "profile", trace_updates)),
+            _loop(
+                this,
+                stage,
+                progress,
+                gate.is_over,
+                make_tracer(directory / "profile", trace_updates if this.is_main else 0),
+            ),
             rounds.step_of(this, stage),
             state,
             frozen,
@@ -111,7 +117,7 @@ def _weights(this, stage, key):
         return _first_params(stage, key, None, this.mesh), {}
     theirs = _params_of_parent(this, stage)
     params = _first_params(stage, key, theirs, this.mesh)
-    return params, {"teacher": jax.tree.map(lambda p: p.astype(this.experiment.teacher_dtype), theirs)}
+    return params, {"teacher": as_teacher(theirs, this.experiment.teacher_dtype)}
 
 
 def _params_of_parent(this, stage):

@@ -18,7 +18,7 @@ from guided_distill.errors import UserError
 from guided_distill.files import read_json, write_whole
 from guided_distill.metrics import read_metrics
 from guided_distill.stages import make_knobs
-from guided_distill.state import make_state
+from guided_distill.state import as_teacher, make_state
 
 _CLOSED = 1e-9  # a gap so small is rounding: the stochastic student's at N = 1 is 0 from the start
 _LOOK = 0x6A9  # folded into the seed, so that a look draws nothing that training draws
@@ -209,7 +209,8 @@ def _opening_gaps(run, rounds):
     """{round: the gap there of the weights that the series starts from, as their own teacher}."""
     params = run.params_of(run.stage(rounds[0].parent))
     state = sharding.place(run.mesh, make_state(params, rounds[0].training.optimiser))
-    gaps = {stage.name: gap_of(run, stage, {"teacher": params})(state) for stage in rounds}
+    frozen = {"teacher": as_teacher(params, run.experiment.teacher_dtype)}
+    gaps = {stage.name: gap_of(run, stage, frozen)(state) for stage in rounds}
     if not all(map(math.isfinite, gaps.values())):
         raise UserError(f"{rounds[0].parent}: its output is not finite, so no rounds can be planned from it ({gaps})")
     return gaps

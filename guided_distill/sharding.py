@@ -22,7 +22,7 @@ def make_mesh(devices=None, fsdp=1):
     """
     devices = devices or jax.devices()
     if fsdp < 1 or len(devices) % fsdp:
-        raise UserError(f"config.mesh.fsdp is {fsdp}, which does not divide {len(devices)} devices")
+        raise UserError(f"config.mesh.fsdp is {fsdp}, which does not divide {len(devices)} devices; name one that does")
     # By process, so that process p's rows of a batch are its p-th block: jax.make_mesh may order them by the torus of
     # a TPU, and examples would then meet other keys than on another number of hosts. XLA lays its rings out itself.
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
@@ -67,7 +67,11 @@ def _put(tree, shardings):
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
     # On processes with one device each, jax.device_put makes arrays of a device's array that know no shards (0.10.2).
-    return jax.jit(lambda tree: tree, out_shardings=shardings)(tree)
+    return jax.jit(_same, out_shardings=shardings)(tree)
+
+
+def _same(tree):  # one object, by which jit finds the program of an earlier call
+    return tree
 
 
 def replicate(mesh, tree):

@@ -50,6 +50,11 @@ def check_same_model(params, like, what):
             raise UserError(f"{what} {problem} {min(paths)}: it is a checkpoint of another model")
 
 
+def as_teacher(params, dtype):
+    """Weights as they are kept while they are learned from: those in float32 as `dtype`, all others as they are."""
+    return jax.tree.map(lambda p: p.astype(dtype) if p.dtype == jnp.float32 else p, params)
+
+
 def student_params(teacher_params, fresh_params):
     """The teacher's weights by path, and fresh ones for what it lacks: the branch that takes w, or an output in v.
 

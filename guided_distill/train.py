@@ -125,7 +125,7 @@ class Loop:
     is_over: Callable[[Any, Any, int], bool]  # (writer, state, step): whether to end before all updates are made
     flops: float  # of an update, recomputation apart, of one device
     peak_flops: float | None  # that a device can do in a second; None where nobody says
-    trace: Callable[[int, bool], None]  # (updates since the start, whether the loop ends here)
+    trace: Callable[[int, Any, bool], None]  # (updates since the start, state, whether the loop ends here)
     on_start: Callable[[int], None]  # (step it goes on from)
     on_step: Callable[[int, int, str], None]  # (step, steps since the last call, note): progress
 
@@ -162,7 +162,7 @@ def fit(loop, step_fn, state, frozen, batches, knobs, key, *, mesh, checkpoints,
                 if not watch.exploded:
                     checkpoints.save(step, state, {**batches.get_state(), "typical_loss": watch.typical})
             checkpoints.seal_if_written()
-            loop.trace(step - start, done or stopping)
+            loop.trace(step - start, state, done or stopping)
             if stopping:
                 raise Stopped
             metrics_of_step = None

@@ -46,7 +46,8 @@ def transfer(config, workdir, *, target, w):
     path = absolute(target) / "config.json"
     if not path.exists():
         raise UserError(f"--target={target}: holds no config.json; give the workdir of a finished run")
-    other = open_run(read_json(path), target, create=False)
+    here = {"mesh": dict(config["mesh"])} if "mesh" in config else {}  # not where the target was trained
+    other = open_run({**read_json(path), **here}, target, create=False)
     _check(source, other, w)
     data = _test_images(source)
     found, shown = {}, {}

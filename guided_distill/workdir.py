@@ -1,6 +1,7 @@
 """A run in its workdir: opened, checked against its config and devices, and what its stages share."""
 
 import dataclasses
+import errno
 import functools
 import json
 from typing import Any
@@ -8,11 +9,15 @@ from typing import Any
 from guided_distill import diffusion, distributed, guidance, sharding
 from guided_distill.checkpoint import find_stage, is_complete, load_eval_params
 from guided_distill.data import load_dataset
-from guided_distill.errors import UserError
-from guided_distill.experiment import Experiment, differing_keys, from_config
+from guided_distill.differences import differing_keys
+from guided_distill.errors import Fault, UserError
+from guided_distill.experiment import Experiment, from_config
 from guided_distill.files import absolute, read_json, write_whole
 from guided_distill.stages import Stage, make_stages
 from guided_distill.teachers import initial_params, outside_teacher, shapes_of
+
+# Of a workdir that was never one; all else, a full disk among it, is the machine's.
+_MISTAKES = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EROFS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,4 +156,5 @@ def _claim_workdir(run, config):
         run.workdir.mkdir(parents=True, exist_ok=True)
         write_whole(run.workdir / "config.json", json.dumps(config, indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"workdir {run.workdir} cannot be written: {error.strerror or error}") from error
+        kind = UserError if error.errno in _MISTAKES else Fault
+        raise kind(f"workdir {run.workdir} cannot be written: {error.strerror or error}") from error

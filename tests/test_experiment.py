@@ -5,8 +5,9 @@ import pytest
 from tiny import tiny_config
 
 from guided_distill import pipeline
+from guided_distill.differences import differing_keys
 from guided_distill.errors import UserError
-from guided_distill.experiment import differing_keys, from_config
+from guided_distill.experiment import from_config
 from guided_distill.factories import call_factory
 from guided_distill.stages import make_stages
 from guided_distill.teachers import shapes_of
@@ -105,3 +106,21 @@ def test_only_keys_that_change_trained_weights_count_as_different():
     assert differing_keys(ours, theirs) == ["config.seed: 3 -> 0", "config.stage1.learning_rate: 0.25 -> 0.0005"]
     # What JSON makes of a tuple is the same value.
     assert differing_keys(ours, {**ours, "model": {**ours["model"], "multipliers": [1]}}) == []
+
+
+def test_what_an_earlier_version_did_not_know_has_its_default():
+    ours = tiny_config()
+    theirs = {key: value for key, value in ours.items() if key not in ("teacher_dtype", "mesh", "rounds")}
+    theirs["teacher"] = {key: value for key, value in ours["teacher"].items() if key != "accumulate"}
+    theirs["model"] = {key: value for key, value in ours["model"].items() if key != "remat"}
+    assert differing_keys(ours, theirs) == []
+    assert differing_keys({**ours, "teacher_dtype": "bfloat16"}, theirs) == [
+        "config.teacher_dtype: 'float32' -> 'bfloat16'"
+    ]
+    assert differing_keys(ours, {key: value for key, value in ours.items() if key != "seed"})
+
+
+@pytest.mark.parametrize("key", ["mesh.fsdp", "stage1.accumulate", "model.remat"])
+def test_how_the_work_is_laid_out_may_change_under_a_workdir(key):
+    ours, group, name = tiny_config(), *key.split(".")
+    assert differing_keys(ours, {**ours, group: {**ours[group], name: 7}}) == []

@@ -47,6 +47,7 @@ LEVEL = {
     "evaluate": 7,
     "report": 6,
     "surface": 6,
+    "differences": 6,
     "teachers": 6,
     "stages": 7,
     "workdir": 8,

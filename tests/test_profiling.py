@@ -17,7 +17,7 @@ def calls(monkeypatch):
 def updates_traced(calls, updates, last):
     trace, traced = profiling.make_tracer("nowhere", updates), 0
     for done in range(last + 1):
-        trace(done, done == last)
+        trace(done, None, done == last)
         traced += bool(calls) and calls[-1] == "start" and done != last
     return traced
 
@@ -39,8 +39,16 @@ def test_no_trace_is_begun_in_vain(calls, updates, last):
 
 
 def test_a_real_trace_is_written(tmp_path):
-    trace = profiling.make_tracer(tmp_path, 1)
-    for done in range(8):
-        trace(done, False)
-        jax.block_until_ready(jax.numpy.ones(3) + done)
-    assert list(tmp_path.rglob("*.xplane.pb"))
+    step = jax.jit(lambda x: jax.lax.fori_loop(0, 50, lambda _, x: jax.numpy.tanh(x @ x), x))
+    trace, state = profiling.make_tracer(tmp_path, 3), jax.numpy.eye(128)
+    for done in range(12):
+        trace(done, state, False)
+        state = step(state)  # dispatched, and not waited for
+    (trace,) = tmp_path.rglob("*.xplane.pb")
+    events = [
+        event
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
+        for line in plane.lines
+        for event in line.events
+    ]
+    assert sum("tanh" in event.name or "dot" in event.name for event in events) >= 3 * 50

@@ -118,7 +118,7 @@ def fit(directory, step_fn, pieces, *, updates=7, stop_before=None, over_at=None
         is_over=lambda writer, state, step: step == over_at,
         flops=0.0,
         peak_flops=None,
-        trace=lambda done, ends: None,
+        trace=lambda done, state, ends: None,
         on_start=lambda step: None,
         on_step=lambda step, steps, note: None,
     )

@@ -160,13 +160,18 @@ def advice(experiment, plans, place, known):
     shared_out = f"  --config.mesh.fsdp={fsdp}: weights, moments and teacher shared out"
     lines.append(shared_out if fsdp else "  no size of config.mesh.fsdp is enough")
     batch = largest_batch(worst, place)
-    parts = -(-worst.batch_size // batch) if batch else 0
     lines.append(
-        f"  --config.{worst.group}.accumulate={2 ** (parts - 1).bit_length()}: a batch goes through in parts"
+        f"  --config.{worst.group}.accumulate={_parts(worst, batch, place)}: a batch goes through in parts"
         if batch
         else "  no batch is small enough: the weights alone are too large"
     )
     return lines
+
+
+def _parts(plan, batch, place):
+    """The fewest parts, each of as many examples for every chip, that are no larger than `batch`."""
+    per_chip = plan.batch_size // place.topology.chips
+    return next(n for n in range(1, per_chip + 1) if per_chip % n == 0 and plan.batch_size <= n * batch)
 
 
 def _most(plans):

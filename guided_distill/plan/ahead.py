@@ -16,7 +16,7 @@ from guided_distill.errors import UserError
 from guided_distill.files import read_json, write_whole
 from guided_distill.generate import compiled
 from guided_distill.stages import make_knobs
-from guided_distill.state import make_state
+from guided_distill.state import as_teacher, make_state
 from guided_distill.teachers import shapes_of
 
 _OPTIONS = {"v4": {"chip_config_name": "megacore"}}  # else its two cores are listed as two devices
@@ -99,7 +99,10 @@ def step_arguments(experiment, stage, parent, mesh):
         ),
         shapes_of(stage.init),
     )
-    frozen = {} if parent is None else {"teacher": shapes_of(parent.init)}
+    dtype = experiment.teacher_dtype
+    frozen = (
+        {} if parent is None else {"teacher": jax.eval_shape(lambda p: as_teacher(p, dtype), shapes_of(parent.init))}
+    )
     batch = {
         "x": jax.ShapeDtypeStruct((size, *experiment.data.sample_shape), jnp.float32),
         "label": jax.ShapeDtypeStruct((size,), jnp.int32),

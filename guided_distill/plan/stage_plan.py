@@ -100,7 +100,8 @@ def plan_stage(experiment, stage, parent, place, known):
     flops = parts * (calls * train.flops + (asked * teacher.flops if teacher else 0))
     moved = parts * (calls * train.moved + (asked * teacher.moved if teacher else 0))
     moved += _optimiser_traffic(stage, params, place)
-    sent = _sent(params, shapes_of(parent.init) if teacher else {}, place, parts)
+    theirs = shapes_of(parent.init) if teacher else {}
+    sent = _sent(params, theirs, place, parts, jnp.dtype(experiment.teacher_dtype).itemsize)
     seconds, bound = _roofline(experiment, place.topology.chip, flops, moved, sent)
     return StagePlan(
         name=stage.name,
@@ -126,10 +127,14 @@ def _memory(experiment, stage, parent, teacher, train, calls, batch, place):
     weights, whole = _tree_bytes(params, place), _tree_bytes(params, Place(place.topology))
     # At the peak of the backward pass some gradients are there and some activations no longer are.
     working = max(calls * (train.peak - train.results) + train.results, teacher.peak if teacher else 0.0)
-    gathered = 0.0
-    if place.fsdp > 1:  # the gradients are split as they are made; a layer's whole weights and gradients come and go
-        gathered = 2.0 * max(place.topology.bytes_of(leaf.shape, 4) for leaf in jax.tree.leaves(params))
     teacher_itemsize = jnp.dtype(experiment.teacher_dtype).itemsize
+    gathered = 0.0
+    if place.fsdp > 1:
+        # The gradients are split as they are made, and a layer's whole weights and gradients come and go; the teacher
+        # is gathered before its steps, which are a loop, and stays.
+        gathered = 2.0 * max(place.topology.bytes_of(leaf.shape, 4) for leaf in jax.tree.leaves(params))
+        whole_place = Place(place.topology)
+        gathered += _tree_bytes(shapes_of(parent.init), whole_place, teacher_itemsize) if parent else 0.0
     sample = place.topology.bytes_of((batch, *stage.model.sample_shape), 4)
     return {
         "weights": weights,
@@ -191,7 +196,7 @@ def _optimiser_traffic(stage, params, place):
     return _tree_bytes(params, place) * (2 * (4 if stage.training.ema else 3) + 2)
 
 
-def _sent(params, teacher, place, parts):
+def _sent(params, teacher, place, parts, teacher_itemsize):
     """{collective: bytes} that a chip sends in one update, in rings: float32 weights gathered, gradients summed.
 
     With each of the `parts` of a batch.
@@ -201,8 +206,8 @@ def _sent(params, teacher, place, parts):
         return (chips - 1) / chips
 
     split, copies = place.fsdp, place.topology.chips // place.fsdp
-    sizes = (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in (params, teacher))
-    whole, theirs = sizes
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    theirs = sum(leaf.size * teacher_itemsize for leaf in jax.tree.leaves(teacher))
     return {
         # The student's weights forwards and backwards, the teacher's once.
         "all-gather": parts * ring(split) * (2 * whole + theirs),
