@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 import shapes
+import tensorflow_datasets  # noqa: F401  while TensorFlow is not hidden: TFDS asks for it as it is imported
 
 from guided_distill import prepare_data
 from guided_distill.data import DataConfig, load_dataset
