@@ -1,3 +1,4 @@
+import builtins
 import dataclasses
 import sys
 import types
@@ -5,7 +6,6 @@ import types
 import numpy as np
 import pytest
 import shapes
-import tensorflow_datasets  # noqa: F401  while TensorFlow is not hidden: TFDS asks for it as it is imported
 
 from guided_distill import prepare_data
 from guided_distill.data import DataConfig, load_dataset
@@ -18,7 +18,16 @@ SMALL = DataConfig("pictures_8", 8, 3, shapes.NUM_CLASSES)
 
 @pytest.fixture(autouse=True)
 def no_tensorflow(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    """Refuses it to the package. (A None in sys.modules would make etils and TFDS take it for loaded.)"""
+    importing = builtins.__import__
+
+    def refusing(name, globals=None, *rest, **named):
+        ours = (globals or {}).get("__name__", "").startswith("guided_distill")
+        if name == "tensorflow" and ours and name not in sys.modules:
+            raise ModuleNotFoundError("No module named 'tensorflow'", name=name)
+        return importing(name, globals, *rest, **named)
+
+    monkeypatch.setattr(builtins, "__import__", refusing)
 
 
 def write_pictures(data_dir, stored="array_record"):
