@@ -36,7 +36,7 @@ LAYOUTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["stage2_det_0002"])  # all stages, in every layout, below: a U-Net compiles slowly
 @pytest.mark.parametrize("layout", ["8 devices", "remat", "8 fsdp, remat, in 2 parts"])
 def test_the_loss_curve_is_the_same_however_the_work_is_laid_out(name, layout):
     found, expected = curve(EXPERIMENT, name, *LAYOUTS[layout])[0], curve(EXPERIMENT, name, 1)[0]
