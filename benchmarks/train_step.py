@@ -242,7 +242,7 @@ def print_step(name, stage_name, batch_size):
         seconds.append(time.perf_counter() - start)
     step = statistics.median(seconds[_WARM:])
     device = jax.devices()[0]
-    flops = stage.work_per_update * flops_of_a_call(stage.model, params) / jax.device_count()
+    flops = stage.work_per_update * flops_of_a_call(stage.model, stage.init) / jax.device_count()
     peak = peak_flops(device, experiment.model.dtype)
     share = "not known" if peak is None else f"{flops / step / peak:.1%} of {peak / 1e12:.0f} TFLOP/s"
     print(f"{jax.device_count()} x {device.device_kind}: {1e3 * step:.1f} ms a step, {flops / step / 1e12:.3g} TFLOP/s")

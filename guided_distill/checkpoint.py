@@ -99,7 +99,7 @@ class Checkpoints:
                 return item["state"], item["batches"]
             except Exception as error:  # as above, for a damaged file
                 damage, where = _reason(error), _step_dir(self._stage_dir, step)
-                if jax.process_count() > 1:  # the others may wait for this one inside Orbax, and never come back here
+                if distributed.several():  # the others may wait for this one inside Orbax, and never come back here
                     raise Fault(f"{where} cannot be read ({damage}); where it is damaged, move it away") from error
                 if _checksums_path(self._stage_dir, step).exists():
                     raise UserError(f"{where} is whole but not of this model or code ({damage})") from error

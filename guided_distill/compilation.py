@@ -1,10 +1,10 @@
 """How programs are compiled where XLA's defaults are slow, and kept so that a second start compiles none of them."""
 
 import functools
-import os
-import pathlib
 
 import jax
+
+from guided_distill.files import cache_directory
 
 # Of dots and reductions alone, XLA's CPU library for them takes less time than of all it would do by default: a U-Net's
 # training step at 32x32 takes four fifths, sampling two thirds (jax 0.10.2; benchmarks/train_step.py).
@@ -14,8 +14,7 @@ _ONE_CPU = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVID
 def keep_programs():
     """Keeps compiled programs on disk: where JAX_COMPILATION_CACHE_DIR says, or in the user's cache directory."""
     if not jax.config.jax_compilation_cache_dir:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "guided_distill" / "programs"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "programs"))
         # A run on the CPU has many small ones.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

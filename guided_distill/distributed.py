@@ -36,7 +36,7 @@ def agreed(make):
 
     For whatever is read from files, which process 0 writes: each process for itself might read before or after that.
     """
-    if jax.process_count() == 1:
+    if not several():
         return make()
     said = {}
     if is_main():
@@ -55,7 +55,7 @@ def agreed(make):
 
 def of_main(tree):
     """A tree of host arrays as process 0 has it, on every process."""
-    return multihost_utils.broadcast_one_to_all(tree) if jax.process_count() > 1 else tree
+    return multihost_utils.broadcast_one_to_all(tree) if several() else tree
 
 
 def arguments_of(coordinator, num_processes, process_id, environment):

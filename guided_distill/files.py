@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import pathlib
 import time
 
 from etils import epath
@@ -47,6 +48,11 @@ class BucketFile:
     def close(self) -> None:
         """Puts it there."""
         self.put()
+
+
+def cache_directory() -> pathlib.Path:
+    """Where this user keeps what can be made again: of XDG_CACHE_HOME, or ~/.cache."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "guided_distill"
 
 
 def absolute(path: epath.PathLike) -> epath.Path:

@@ -169,7 +169,7 @@ def _loop(this, stage, progress, is_over, trace):
         sample_every=experiment.log.sample_every,
         sample=functools.partial(_write_samples, this, stage),
         is_over=is_over,
-        flops=stage.work_per_update * flops_of_a_call(stage.model, shapes_of(stage.init)) / this.mesh.size,
+        flops=stage.work_per_update * flops_of_a_call(stage.model, stage.init) / this.mesh.size,
         peak_flops=peak_flops(this.mesh.devices.flat[0], dtype),
         trace=trace,
         on_start=on_start,

@@ -219,7 +219,8 @@ def _opening_gaps(run, rounds):
 def _probe(run, stage, frozen, params):
     """{learning rate: the gap that a few updates with it leave}, each from the same weights on the same batches."""
     config, training = run.experiment.rounds, stage.training
-    gap, key, found = gap_of(run, stage, frozen), jax.random.key(run.experiment.seed), {}
+    step_fn, gap = step_of(run, stage), gap_of(run, stage, frozen)
+    key, found = jax.random.key(run.experiment.seed), {}
     for rate in (training.learning_rate * factor for factor in config.probe_rates):
         probe = dataclasses.replace(training, updates=config.probe_updates, learning_rate=rate)
         knobs = knobs_of(run, dataclasses.replace(stage, training=probe))
@@ -227,6 +228,6 @@ def _probe(run, stage, frozen, params):
         start = make_state(jax.tree.map(lambda p: p.copy(), params), training.optimiser)
         state = sharding.place(run.mesh, start)
         for batch in itertools.islice(batches_of(run, stage), config.probe_updates):
-            state, _ = step_of(run, stage)(state, frozen, sharding.shard_batch(run.mesh, batch), knobs, key)
+            state, _ = step_fn(state, frozen, sharding.shard_batch(run.mesh, batch), knobs, key)
         found[rate] = gap(state)
     return found

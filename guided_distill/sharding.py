@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from guided_distill import distributed
 from guided_distill.errors import UserError
 
 _AXES = ("data", "fsdp")
@@ -64,7 +65,7 @@ def place(mesh, tree):
 
 
 def _put(tree, shardings):
-    if jax.process_count() == 1:
+    if not distributed.several():
         return jax.device_put(tree, shardings)
     # On processes with one device each, jax.device_put makes arrays of a device's array that know no shards (0.10.2).
     return jax.jit(_same, out_shardings=shardings)(tree)
@@ -131,7 +132,7 @@ def spread(mesh, batch):
 
 def to_host(array):
     """A global array, which other processes may hold parts of, as a NumPy array on every process."""
-    return np.asarray(array) if jax.process_count() == 1 else multihost_utils.process_allgather(array, tiled=True)
+    return multihost_utils.process_allgather(array, tiled=True) if distributed.several() else np.asarray(array)
 
 
 def shard_batch(mesh, local_batch):

@@ -66,15 +66,16 @@ def shapes_of(init):
     return jax.eval_shape(init, jax.random.key(0))
 
 
-def flops_of_a_call(model, params):
+@functools.cache  # the rounds of a chain share their network, and a large one takes seconds to trace
+def flops_of_a_call(model, init):
     """Operations of one forward pass of one example through a network, counted from shapes (costs.py).
 
-    `params` may be shapes; members of an ensemble count one by one.
+    `model` is a `Teacher.static()`, `init` makes its weights of a key; members of an ensemble count one by one.
     """
     row = jax.ShapeDtypeStruct((1,), jnp.float32)
     z = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
     cond = {"label": jax.ShapeDtypeStruct((1,), jnp.int32), "w": row}
-    return costs.cost_of(model.model_fn, params, z, row, cond).flops / model.members
+    return costs.cost_of(model.model_fn, shapes_of(init), z, row, cond).flops / model.members
 
 
 def load_teacher(path):

@@ -18,7 +18,7 @@ LEVEL = {
     "chips": 1,
     "costs": 1,
     "distributed": 1,
-    "compilation": 1,
+    "compilation": 2,
     "files": 1,
     "diffusion": 1,
     "factories": 1,

@@ -223,7 +223,9 @@ def test_a_call_has_the_operations_that_its_products_have():
     config = MLPConfig(features=32, num_layers=1, emb_channels=8, num_classes=3, out_channels=2)
     model = Teacher(make_model_fn(MLP(config)), None, COSINE, "v", None, 3, sample_shape=(5, 2))
     one = jnp.zeros(1)
-    init = functools.partial(MLP(config).init, z=jnp.zeros((1, 5, 2)), logsnr=one, label=one.astype(int), w=None)
-    params = shapes_of(lambda key: init(key)["params"])
-    kernels = [leaf for path, leaf in flatten_dict(params).items() if path[-1] == "kernel"]
-    assert flops_of_a_call(model, params) == sum(2 * leaf.size for leaf in kernels)
+
+    def init(key):
+        return MLP(config).init(key, jnp.zeros((1, 5, 2)), one, one.astype(int), None)["params"]
+
+    kernels = [leaf for path, leaf in flatten_dict(shapes_of(init)).items() if path[-1] == "kernel"]
+    assert flops_of_a_call(model, init) == sum(2 * leaf.size for leaf in kernels)

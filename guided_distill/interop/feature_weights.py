@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import importlib.util
-import os
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +10,12 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from guided_distill.errors import UserError
-from guided_distill.files import write_whole
+from guided_distill.files import cache_directory, write_whole
+from guided_distill.interop.weight_files import opened_safetensors
 from guided_distill.models.efficientnet_lite import EfficientNetLite0
 from guided_distill.models.inception import InceptionV3
 
@@ -71,8 +70,7 @@ SOURCES = {
 
 def cache_path(network: str) -> pathlib.Path:
     """Where the converted weights of a network lie, or will."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "guided_distill" / f"{network}.safetensors"
+    return cache_directory() / f"{network}.safetensors"
 
 
 def import_weights(network: str | None, source: str | None = None) -> pathlib.Path:
@@ -205,11 +203,8 @@ def _shipped(network):
 
 
 def _read_safetensors(path):
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is no whole safetensors file ({error}); make or download it again") from error
+    with opened_safetensors(path, "numpy") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
 
 
 def _read_torch(path):

@@ -1,5 +1,7 @@
 """Files of weights of other projects as arrays by their keys: safetensors, and PyTorch's without running any code."""
 
+import contextlib
+
 import jax
 import numpy as np
 import safetensors
@@ -21,10 +23,17 @@ def read_weights(path):
 
 def read_safetensors(path):
     """{key: array} of a safetensors file; bfloat16 too. Raises UserError for a damaged one."""
+    # Through JAX's arrays on the host: NumPy's own reader does not know bfloat16.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]), opened_safetensors(path, "flax") as file:
+        return {key: np.asarray(file.get_tensor(key)) for key in file.keys()}
+
+
+@contextlib.contextmanager
+def opened_safetensors(path, framework):
+    """A safetensors file, open to be read as arrays of `framework`. Raises UserError for a damaged one."""
     try:
-        # Through JAX's arrays on the host: NumPy's own reader does not know bfloat16.
-        with jax.default_device(jax.local_devices(backend="cpu")[0]), safetensors.safe_open(path, "flax") as file:
-            return {key: np.asarray(file.get_tensor(key)) for key in file.keys()}
+        with safetensors.safe_open(path, framework) as file:
+            yield file
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is no whole safetensors file ({error}); make or download it again") from error
 

@@ -3,8 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
-import pathlib
 import time
 
 import jax
@@ -13,7 +11,7 @@ from jax.experimental import topologies
 
 from guided_distill import diffusion, samplers, sharding, train
 from guided_distill.errors import UserError
-from guided_distill.files import read_json, write_whole
+from guided_distill.files import cache_directory, read_json, write_whole
 from guided_distill.generate import compiled
 from guided_distill.stages import make_knobs
 from guided_distill.state import as_teacher, make_state
@@ -130,7 +128,7 @@ def compile_all(experiment, stages, devices, say):
     for name, lower in programs(experiment, stages, sharding.make_mesh(devices, experiment.mesh.fsdp)):
         say(f"{name}: lowering")
         lowered = lower()
-        path = _cache() / f"{_fingerprint(lowered, devices)}.json"
+        path = cache_directory() / "plan" / f"{_fingerprint(lowered, devices)}.json"
         if path.exists():
             found[name] = Compiled(**read_json(path))
             say(f"{name}: known from {path}, where it took {found[name].seconds:.0f} s")
@@ -150,10 +148,6 @@ def compile_all(experiment, stages, devices, say):
         write_whole(path, json.dumps(dataclasses.asdict(found[name])) + "\n")
         say(f"{name}: {found[name].seconds:.0f} s")
     return found
-
-
-def _cache():
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "guided_distill" / "plan"
 
 
 def _fingerprint(lowered, devices):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch_modules import arrays, close, shake
 
 from guided_distill.diffusion import DiscreteBetas
 from guided_distill.interop import diffusers_configs, diffusers_names
@@ -45,28 +46,6 @@ UNETS = {
     },
 }
 TIMES, STRENGTHS = np.array([0, 124, 499, 999]), np.array([0.0, 2.0, 8.5, 14.0], np.float32)
-
-
-def shake(model, seed=0):
-    """Weights away from their initialisation, so that no branch is near zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for value in model.parameters():
-            value += 0.1 * torch.randn(value.shape, generator=generator)
-    return model.eval()
-
-
-def arrays(model):
-    return {key: value.numpy() for key, value in model.state_dict().items()}
-
-
-def close(ours, theirs, rtol=1e-4):
-    ours, theirs = np.asarray(ours), theirs.detach().numpy()
-    theirs = np.moveaxis(theirs, 1, -1) if theirs.ndim == 4 else theirs
-    assert ours.shape == theirs.shape
-    error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-    assert error <= rtol, error
-    return error
 
 
 def normal(*shape, seed=0):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch_modules import arrays, close, shake
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from guided_distill.interop import diffusers_configs, diffusers_names
@@ -30,25 +31,6 @@ TEXT = {
 }
 TEXTS = {"sd1": TEXT | {"hidden_act": "quick_gelu"}, "sd2": TEXT | {"hidden_act": "gelu"}}
 PADS = {"sd1": 98, "sd2": 0}
-
-
-def shake(model):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for value in model.parameters():
-            value += 0.1 * torch.randn(value.shape, generator=generator)
-    return model.eval()
-
-
-def arrays(model):
-    return {key: value.numpy() for key, value in model.state_dict().items()}
-
-
-def close(ours, theirs, rtol=1e-4):
-    theirs = theirs.detach().numpy()
-    assert ours.shape == theirs.shape
-    error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-    assert error <= rtol, error
 
 
 # Text encoders
