@@ -1,4 +1,4 @@
-"""The command line, as a user types it, in processes of their own."""
+"""The command line, as a user types it, in processes of their own: mistakes in forks, which are fast."""
 
 import functools
 import json
@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from forked import run_main
 from PIL import Image
 
 REPO = pathlib.Path(__file__).parents[1]
@@ -22,7 +23,7 @@ TINY = [
     *("--config.stage1.batch_size=8 --config.stage2.batch_size=8 --config.stage2.teacher_steps=4".split()),
     *("--config.stage2.updates=24 --config.stage2.final_updates=24 --config.evaluate.num_samples=16".split()),
     *("--config.evaluate.batch_size=16 --config.evaluate.num_steps=(1,2) --config.evaluate.w=(0.,4.)".split()),
-    *("--config.evaluate.classifier_updates=5 --config.log.every=1 --config.checkpoint.every=4".split()),
+    *("--config.evaluate.classifier_updates=5 --config.log.every=1 --config.checkpoint.every=8".split()),
 ]
 
 
@@ -35,6 +36,10 @@ def command(*arguments):
 def call(*arguments):
     line, options = command(*arguments)
     return subprocess.run(line, capture_output=True, **options)
+
+
+def call_fork(*arguments):
+    return run_main(arguments, env=command()[1]["env"])
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +100,7 @@ def test_a_truncated_newest_checkpoint_is_reported_and_the_run_goes_on(finished,
     newest = max((last / "checkpoints").iterdir(), key=lambda path: int(path.name))
     largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:100])
-    done = call(*TINY, f"--workdir={workdir}")
+    done = call_fork(*TINY, f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     assert f"{newest} cannot be read" in done.stderr.replace("\n", "") and "Traceback" not in done.stderr
     ours, theirs = final_params(workdir), final_params(finished)
@@ -105,7 +110,7 @@ def test_a_truncated_newest_checkpoint_is_reported_and_the_run_goes_on(finished,
 def test_sample_writes_a_grid_or_arrays(finished, tmp_path):
     flags = [*TINY, f"--workdir={finished}", "--mode=sample", "--num_steps=2", "--w=2", "--labels=3,7", "--num=6"]
     for name in ("grid.png", "samples.npz"):
-        done = call(*flags, f"--out={tmp_path / name}")
+        done = call_fork(*flags, f"--out={tmp_path / name}")
         assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size[0] > 40
@@ -127,7 +132,7 @@ def test_the_default_workdir_is_runs_and_the_stem_of_the_config(finished, tmp_pa
 
 
 def test_dry_run_lists_the_stages_and_writes_nothing(tmp_path):
-    done = call("--config=configs/digits.py", "--dry_run", f"--workdir={tmp_path / 'new'}")
+    done = call_fork("--config=configs/digits.py", "--dry_run", f"--workdir={tmp_path / 'new'}")
     assert done.returncode == 0, done.stderr
     assert "stage2_det_0001" in done.stdout and not (tmp_path / "new").exists()
 
@@ -148,7 +153,7 @@ def test_dry_run_lists_the_stages_and_writes_nothing(tmp_path):
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_code_2(arguments, says, tmp_path):
-    done = call(*(argument.format(new=tmp_path / "new") for argument in arguments))
+    done = call_fork(*(argument.format(new=tmp_path / "new") for argument in arguments))
     assert done.returncode == 2, done.stderr
     assert says in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
@@ -168,15 +173,14 @@ def test_a_mistake_gets_one_line_and_exit_code_2(arguments, says, tmp_path):
 def test_a_mistake_in_sampling_gets_one_line(finished, flags, says):
     import re
 
-    done = call(*TINY, f"--workdir={finished}", "--mode=sample", *flags)
+    done = call_fork(*TINY, f"--workdir={finished}", "--mode=sample", *flags)
     assert done.returncode == 2, done.stderr
     assert re.search(says, done.stderr) and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_batch_that_does_not_divide_over_the_devices(tmp_path):
-    line, options = command(*TINY, f"--workdir={tmp_path}", "--config.stage1.batch_size=9")
-    options["env"]["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
-    done = subprocess.run(line, capture_output=True, **options)
+    env = command()[1]["env"] | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    done = run_main([*TINY, f"--workdir={tmp_path}", "--config.stage1.batch_size=9"], env=env)
     assert done.returncode == 2 and "config.stage1.batch_size is 9" in done.stderr and done.stderr.count("\n") == 1
 
 

@@ -45,12 +45,11 @@ def batch_of(size=8):
     return {"x": x, "label": rng.integers(0, 10, size, dtype=np.int32)}
 
 
-@pytest.mark.parametrize("name", ["teacher", "stage1", "stage2_det_0002"])
-def test_one_and_four_devices_give_the_same_losses_and_gradients(name):
+def test_one_and_four_devices_give_the_same_losses_and_gradients():
     results = []
     for count in (1, 4):
         mesh = sharding.make_mesh(jax.devices()[:count])
-        step, state, frozen, knobs, key = prepared(name, mesh)
+        step, state, frozen, knobs, key = prepared("stage2_det_0002", mesh)
         batch = sharding.shard_batch(mesh, batch_of())
         losses = []
         for _ in range(3):
