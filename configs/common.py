@@ -19,7 +19,10 @@ def get_config():
     config.data.data_range = 1.0
     config.data.train_split = "train"
     config.data.test_split = "test"
+    config.data.holdout = 0
     config.data.flip = False
+    config.data.text_length = 0
+    config.data.vocabulary = 4096
 
     config.model = ml_collections.ConfigDict()
     config.model.name = "unet"

@@ -35,6 +35,7 @@ SERIES = flags.DEFINE_string(
 )
 W = flags.DEFINE_float("w", 1.0, "sample, transfer: guidance strength.")
 LABELS = flags.DEFINE_list("labels", None, "sample: classes, repeated over the images; drawn from the seed by default.")
+CAPTIONS = flags.DEFINE_multi_string("caption", None, "sample: what to show, of a model of captions; repeatable.")
 TARGET = flags.DEFINE_string("target", None, "transfer: the workdir of the run whose domain is drawn in.")
 SAMPLES = flags.DEFINE_string(
     "samples", None, "evaluate: a folder of pictures or an npz to measure in place of a run, or data:test."

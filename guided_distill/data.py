@@ -16,6 +16,7 @@ from PIL import Image
 
 from guided_distill.errors import UserError
 from guided_distill.factories import call_factory, is_factory
+from guided_distill.text import hashed_words
 
 _IN_MEMORY_BYTES = 1 << 30  # splits below this are decoded once, since decoding would take the cores that train
 _DECODE_CHUNK = 512
@@ -38,7 +39,10 @@ class DataConfig:
     data_dir: str | None = None  # where TFDS data sets live; None is TFDS's own default
     train_split: str = "train"
     test_split: str = "test"
+    holdout: int = 0  # every so many-th record of train_split is held out, in place of test_split; 0: none
     flip: bool = False
+    text_length: int = 0  # tokens of a caption, its end included; 0: samples have none
+    vocabulary: int = 4096  # different tokens
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -48,7 +52,10 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Random-access sources: len(source), source[i] -> {"image": uint8[H,W,C] or f32[*S], "label": int}."""
+    """Random-access sources: len(source), source[i] -> {"image": uint8[H,W,C] or f32[*S], "label": int}.
+
+    Of a set with captions a record has its "tokens" i32[L] too.
+    """
 
     name: str
     sample_shape: tuple[int, ...]
@@ -59,16 +66,21 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArraySource:
-    """A set held in memory: images uint8[N,H,W,C], or samples f32[N,*S] taken as they are; labels int32[N]."""
+    """A set held in memory: images uint8[N,H,W,C], or samples f32[N,*S] taken as they are; labels int32[N].
+
+    `tokens` i32[N,L] are those of the captions, where there are some.
+    """
 
     images: np.ndarray
     labels: np.ndarray
+    tokens: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, i: int) -> dict:
-        return {"image": self.images[i], "label": self.labels[i]}
+        caption = {} if self.tokens is None else {"tokens": self.tokens[i]}
+        return {"image": self.images[i], "label": self.labels[i], **caption}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,6 +105,20 @@ class TfdsSource:
         return [_decode(record, i, self.config) for i, record in zip(indices, records, strict=True)]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """Some records of a source: `indices` [N] are their places in it."""
+
+    source: Any
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.source[int(self.indices[i])]
+
+
 def load_dataset(config: DataConfig) -> Dataset:
     """The train and test sources of `config.name`, in memory when the decoded split is below 1 GiB.
 
@@ -102,16 +128,32 @@ def load_dataset(config: DataConfig) -> Dataset:
     if config.name in SMALL_SETS or is_factory(config.name):
         splits = _load_small(config) if config.name in SMALL_SETS else _load_own(config)
         train, test = (splits[_known_split(config, key)] for key in ("train_split", "test_split"))
+    elif config.holdout:
+        train, test = _held_out(_load_tfds(config, "train_split"), config.holdout)
     else:
         train, test = (_load_tfds(config, key) for key in ("train_split", "test_split"))
     return Dataset(config.name, config.sample_shape, config.num_classes, train, test)
 
 
+def _held_out(source, every: int):
+    """(the other records, every so many-th one, the first among them)."""
+    held = np.arange(len(source)) % every == 0
+    return tuple(_rows(source, np.flatnonzero(chosen)) for chosen in (~held, held))
+
+
+def _rows(source, indices):
+    if not isinstance(source, ArraySource):
+        return Rows(source, indices)
+    tokens = None if source.tokens is None else source.tokens[indices]
+    return ArraySource(source.images[indices], source.labels[indices], tokens)
+
+
 def make_batches(source, *, batch_size: int, seed: int, flip: bool, process_index: int = 0, process_count: int = 1):
     """An infinite iterator of this process's share of each global batch of `batch_size`, reshuffled every epoch.
 
-    Yields {"x": f32[B/P,*S], "label": i32[B/P]}, images in [-1, 1]; get_state() and set_state() continue it exactly (a
-    dict of one int, in units of batches). Raises UserError when `batch_size` does not divide over the processes.
+    Yields {"x": f32[B/P,*S], "label": i32[B/P]}, images in [-1, 1], and "tokens" i32[B/P,L] where there are captions;
+    get_state() and set_state() continue it exactly (a dict of one int, in units of batches). Raises UserError when
+    `batch_size` does not divide over the processes.
     """
     if batch_size % process_count:
         raise UserError(f"batch_size: {batch_size} does not divide over {process_count} processes")
@@ -152,7 +194,10 @@ def _read(source, indices: np.ndarray, flip: np.ndarray) -> dict:
     if images.dtype == np.uint8:
         x /= 127.5
         x -= 1.0
-    return {"x": x, "label": np.array([record["label"] for record in records], np.int32)}
+    batch = {"x": x, "label": np.array([record["label"] for record in records], np.int32)}
+    if "tokens" in records[0]:
+        batch["tokens"] = np.stack([record["tokens"] for record in records])
+    return batch
 
 
 def _known_split(config: DataConfig, key: str) -> str:
@@ -180,13 +225,11 @@ def _load_small(config: DataConfig) -> dict[str, ArraySource]:
 
 def _load_own(config: DataConfig) -> dict[str, ArraySource]:
     splits = call_factory(config.name, "data.name")
-    promised = 'a function for data.name returns {"train": (samples [N, *S], labels [N]), "test": the same}'
+    arrays_of_one = f"(samples [N, *S], labels [N]{', captions [N]' * bool(config.text_length)})"
+    promised = f'a function for data.name returns {{"train": {arrays_of_one}, "test": the same}}'
     try:
         arrays = {split: tuple(np.asarray(values) for values in splits[split]) for split in _SMALL_SPLITS}
-        sources = {
-            split: ArraySource(x if x.dtype == np.uint8 else x.astype(np.float32), label.astype(np.int32))
-            for split, (x, label) in arrays.items()
-        }
+        sources = {split: _own_source(config, *values) for split, values in arrays.items()}
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"data.name: {config.name!r} returned something else ({error}); {promised}") from error
     for split, source in sources.items():
@@ -199,6 +242,16 @@ def _load_own(config: DataConfig) -> dict[str, ArraySource]:
         if source.labels.min() < 0 or source.labels.max() > last:
             raise UserError(f"data.num_classes: labels of {config.name!r} are not all within 0..{last}")
     return sources
+
+
+def _own_source(config, x, label, captions=None):
+    if bool(config.text_length) != (captions is not None):
+        raise ValueError(f"{'no' if captions is None else 'unwanted'} captions")
+    tokens = None
+    if captions is not None:
+        texts = [str(caption) for caption in captions]
+        tokens = hashed_words(texts, length=config.text_length, vocabulary=config.vocabulary)
+    return ArraySource(x if x.dtype == np.uint8 else x.astype(np.float32), label.astype(np.int32), tokens)
 
 
 def _digits():
@@ -259,6 +312,8 @@ def _check_features(config: DataConfig, builder) -> None:
     features = builder.info.features
     if not {"image", "label"} <= set(features):
         raise UserError(f"data.name: {config.name!r} has the features {', '.join(features)}, not image and label")
+    if config.text_length and "text" not in features:
+        raise UserError(f"data.text_length: {config.name!r} has the features {', '.join(features)}, and no text")
     if features["image"].np_dtype != np.uint8:
         raise UserError(f"data.name: images of {config.name!r} are {features['image'].np_dtype}; uint8 is needed")
     _check_shape(config, features["image"].shape, getattr(features["label"], "num_classes", None))
@@ -293,18 +348,26 @@ def _decode(record: dict, i: int, config: DataConfig) -> dict:
     if not 0 <= label < config.num_classes:
         last = config.num_classes - 1
         raise UserError(f"data.num_classes: label {label} of image {i} of {config.name!r} is outside 0..{last}")
-    return {"image": image, "label": np.int32(label)}
+    decoded = {"image": image, "label": np.int32(label)}
+    if config.text_length:
+        caption = record["text"].decode() if isinstance(record["text"], bytes) else record["text"]
+        tokens = hashed_words([caption], length=config.text_length, vocabulary=config.vocabulary)
+        decoded["tokens"] = tokens[0]
+    return decoded
 
 
 def _decode_all(source: TfdsSource) -> ArraySource:
     images = np.empty((len(source), *source.config.sample_shape), np.uint8)
     labels = np.empty(len(source), np.int32)
+    tokens = np.empty((len(source), source.config.text_length), np.int32) if source.config.text_length else None
 
     def fill(start):
         rows = list(range(start, min(start + _DECODE_CHUNK, len(source))))
         for row, record in zip(rows, source.__getitems__(rows), strict=True):
             images[row], labels[row] = record["image"], record["label"]
+            if tokens is not None:
+                tokens[row] = record["tokens"]
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(fill, range(0, len(source), _DECODE_CHUNK)))
-    return ArraySource(images, labels)
+    return ArraySource(images, labels, tokens)

@@ -11,7 +11,7 @@ import numpy as np
 
 from guided_distill import compilation, diffusion, samplers, sharding
 from guided_distill.data import read_records
-from guided_distill.objectives import stage2
+from guided_distill.objectives import draws, stage2
 
 _EXAMPLES = 64
 _TIMES = 8  # of those a student is evaluated at, as many are looked at
@@ -115,7 +115,7 @@ def _make_look(student, teacher, series, substeps, mesh):
         eps = samplers.initial_noise(samplers.image_keys(0, jnp.arange(size)), x.shape[1:])
         index = stage2.path(series, substeps, num_steps, jnp.full(size, i), grid)
         at_t = grid.at(index[0])
-        cond = {"label": batch["label"], "w": jnp.full(size, w)}
+        cond = {**draws.split_batch(batch)[1], "w": jnp.full(size, w)}
         z = diffusion.diffuse(x, eps, at_t.alpha, at_t.sigma)
         x_tilde = stage2.target(teacher.denoiser(sharding.gathered(mesh, teacher_params)), z, cond, index, grid)
         x_hat = student.denoiser(sharding.gathered(mesh, params))(z, at_t.logsnr, cond).x
@@ -137,18 +137,22 @@ def _smoothness(run, stage, params):
     if low == high:
         return 0.0
     predict = _make_first_prediction(stage.model, run.mesh)
-    x = np.stack([predict(params, run.grid, jnp.float32(w)) for w in np.linspace(low, high, _STRENGTHS)])
+    captions = None if run.captions is None else sharding.replicate(run.mesh, run.captions)
+    x = np.stack([predict(params, run.grid, captions, jnp.float32(w)) for w in np.linspace(low, high, _STRENGTHS)])
     first = np.diff(x, axis=0)
     return float(np.sqrt(np.mean(np.diff(first, axis=0) ** 2) / max(np.mean(first**2), 1e-12)))
 
 
 @functools.cache
 def _make_first_prediction(student, mesh):
-    """(params, grid, w) -> x_hat at t = 1 of a few images, jitted."""
+    """(params, grid, captions or None, w) -> x_hat at t = 1 of a few images, jitted."""
 
-    def predict(params, grid, w):
+    def predict(params, grid, captions, w):
         keys = samplers.image_keys(0, jnp.arange(_EXAMPLES))
-        cond = {"label": samplers.random_labels(keys, student.num_classes), "w": jnp.full(_EXAMPLES, w)}
+        label = samplers.random_labels(keys, student.num_classes if captions is None else len(captions))
+        cond = {"label": label, "w": jnp.full(_EXAMPLES, w)}
+        if captions is not None:
+            cond["tokens"] = captions[label]
         z = samplers.initial_noise(keys, student.sample_shape, student.schedule.prior_std)
         denoiser = student.denoiser(sharding.gathered(mesh, params))
         return samplers.predict(denoiser, z, grid.at(grid.num_intervals), cond).x

@@ -12,14 +12,16 @@ import numpy as np
 from rich.table import Table
 
 from guided_distill import distributed, pictures
+from guided_distill.data import read_records
 from guided_distill.errors import UserError
-from guided_distill.evaluation import pixels
+from guided_distill.evaluation import captions, pixels
 from guided_distill.evaluation.measure import name_of
-from guided_distill.evaluation.samples import Samples
+from guided_distill.evaluation.samples import Samples, collect
 from guided_distill.evaluation.yardstick import features_of, make_yardsticks, measure_by, provenance_of
 from guided_distill.files import write_whole
 from guided_distill.generate import sample_images
 from guided_distill.surface import make_entries, work
+from guided_distill.text import end_of_text
 
 _SHOWN = 10  # samples in a row of the picture,
 _SHOWN_POINTS = 500  # or points in one of its panels
@@ -123,6 +125,7 @@ def _drawn(run, entry, params, w, *, num, num_steps):
         w=w,
         num_steps=num_steps,
         batch_size=config.batch_size,
+        captions=run.captions,
         sampler=entry.sampler,
     )
     start = time.perf_counter()
@@ -162,9 +165,27 @@ def _measure_row(run, entry, params, w, yardsticks, asked, progress):
         distances = [np.zeros(len(kept))]
     _keep_pictures(run, entry, w, kept[: _num_shown(run)])
     measured = measure_by(yardsticks, parts, config.seed, f"{entry.label}, w {w:g}")
+    if run.captions is not None:
+        measured["metrics"] |= _of_captions(run, yardsticks, parts)
     if distances:
         measured["metrics"]["distance_to_reference"] = float(np.concatenate(distances).mean())
     return _row(run, entry, w, float(np.mean(seconds)), measured, yardsticks)
+
+
+def _of_captions(run, yardsticks, parts):
+    """{"retrieval_<network>": share} of a row's samples, by each network that has features of the real images."""
+    end, train, metrics = end_of_text(run.experiment.data.vocabulary), run.dataset.train, {}
+    for yardstick, batches in zip(yardsticks, parts, strict=True):
+        if (near := yardstick.reference.neighbours) is not None:
+            samples, rows = collect(batches), np.linspace(0, len(train) - 1, len(near.features)).astype(int)
+            metrics[f"retrieval_{yardstick.network.name}"] = captions.retrieval(
+                samples.features,
+                run.captions[samples.label],
+                near.features,
+                read_records(train, rows)["tokens"],
+                end=end,
+            )
+    return metrics
 
 
 def _num_shown(run):

@@ -354,6 +354,7 @@ def _check_at_least(experiment):
         **{"stage2.final_updates": 1, "log.every": 1, "log.sample_every": 0, "checkpoint.every": 1},
         **{"checkpoint.keep": 1, "evaluate.num_samples": 2, "evaluate.batch_size": 1},
         **{"evaluate.classifier_updates": 1, "data.image_size": 1, "data.channels": 1, "data.num_classes": 1},
+        **{"data.holdout": 0, "data.text_length": 0, "data.vocabulary": 2},
     }
     for key, bound in least.items():
         group, name = key.split(".")
@@ -362,6 +363,16 @@ def _check_at_least(experiment):
             raise UserError(f"config.{key} is {value}; it must be at least {bound}")
     if experiment.teacher.num_times is not None and experiment.teacher.num_times < 1:
         raise UserError(f"config.teacher.num_times is {experiment.teacher.num_times}; it must be at least 1")
+    if bool(experiment.data.text_length) != (getattr(experiment.model, "text", None) is not None):
+        raise UserError(
+            f"config.data.text_length is {experiment.data.text_length}, and config.model.text "
+            f"{'is missing' if experiment.data.text_length else 'is given'}: captions need both"
+        )
+    if experiment.data.text_length and "classifier" in experiment.evaluate.features:
+        raise UserError(
+            "config.evaluate.features holds 'classifier', which tells labels apart; pictures of captions are measured "
+            "by efficientnet_lite0 or inception_v3"
+        )
     for name in ("w", "num_steps", "features"):
         if not getattr(experiment.evaluate, name):
             raise UserError(f"config.evaluate.{name} is empty; name at least one value")

@@ -28,23 +28,39 @@ def compiled(model, sampler, mesh):
 
 
 def sample_images(
-    model, params, grid, mesh, *, seed, num, w, num_steps, batch_size, labels=None, sampler="deterministic"
+    model,
+    params,
+    grid,
+    mesh,
+    *,
+    seed,
+    num,
+    w,
+    num_steps,
+    batch_size,
+    labels=None,
+    captions=None,
+    sampler="deterministic",
 ):
     """Yields (index [b], label [b], x [b, *S]) as host arrays for the images 0 .. num - 1 of a seed.
 
-    Image k depends on (seed, k), its label and w alone. `labels` i32 [num]; None draws them uniformly. The last batch
-    is computed whole and cut, so that every batch runs the same program.
+    Image k depends on (seed, k), its label and w alone. `labels` i32 [num]; None draws them uniformly. Where the model
+    takes captions a label is the number of one of `captions`, the tokens i32 [C, L]. The last batch is computed whole
+    and cut, so that every batch runs the same program.
     """
+    num_labels = model.num_classes if captions is None else len(captions)
     sample = compiled(model.static(), samplers.SAMPLERS[sampler], mesh)
     for start in range(0, num, batch_size):
         index = np.arange(start, start + batch_size)
         keys = samplers.image_keys(seed, jnp.asarray(index))
         label = (
-            samplers.random_labels(keys, model.num_classes)
+            samplers.random_labels(keys, num_labels)
             if labels is None
             else jnp.asarray(np.resize(labels[start:], batch_size))
         )
         cond = {"label": label, "w": jnp.full(batch_size, w, jnp.float32)}
+        if captions is not None:
+            cond["tokens"] = jnp.asarray(captions)[label]
         keys, cond = sharding.spread(mesh, (keys, cond))
         x = sample(params, grid, keys, cond, jnp.asarray(num_steps, jnp.int32))
         kept = min(batch_size, num - start)

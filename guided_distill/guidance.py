@@ -1,8 +1,8 @@
 """Denoisers, and guided teachers as functions from denoisers to a denoiser.
 
 A Denoiser is (z [B, *S], logsnr [B], cond) -> Prediction. cond is a dict of arrays with leading axis B ("label",
-later "text"), and "w" [B], the guidance strength of arXiv 2210.03142: w = 0 is the conditional model, and what other
-code bases call guidance scale is 1 + w.
+"tokens" of a caption, "text"), and "w" [B], the guidance strength of arXiv 2210.03142: w = 0 is the conditional model,
+and what other code bases call guidance scale is 1 + w.
 """
 
 import dataclasses
@@ -30,6 +30,13 @@ def make_denoiser(model_fn, params, schedule, parameterisation):
 def null_label(num_classes):
     """cond -> the cond whose labels say "no condition": label num_classes."""
     return lambda cond: {**cond, "label": jnp.full_like(cond["label"], num_classes)}
+
+
+@functools.cache  # as above
+def null_caption(num_classes, end):
+    """cond -> the cond without a label whose caption is empty: all its "tokens" are `end`."""
+    without_label = null_label(num_classes)
+    return lambda cond: without_label({**cond, "tokens": jnp.full_like(cond["tokens"], end)})
 
 
 def classifier_free(denoiser, null_cond):
@@ -86,6 +93,7 @@ class Teacher:
     null_cond: Callable | None  # cond -> the cond that stands for no condition
     num_classes: int  # labels are 0 .. num_classes - 1
     sample_shape: tuple[int, ...]  # S
+    text_length: int = 0  # tokens of a caption, cond["tokens"] i32 [B, L]; 0: it takes none
     data_range: float | None = 1.0  # samples are clipped to [-data_range, data_range]; None: they are not
     w_conditioned: bool = False
     guided: Callable | None = None  # params -> guided Denoiser, where it is more than guiding model_fn
@@ -99,6 +107,12 @@ class Teacher:
         if self.guided_calls is not None:
             return self.guided_calls
         return self.members * (1 if self.w_conditioned or self.null_cond is None else 2)
+
+    def cond_shapes(self, batch):
+        """The cond of `batch` examples, as ShapeDtypeStructs."""
+        row = jax.ShapeDtypeStruct((batch,), jnp.float32)
+        caption = {"tokens": jax.ShapeDtypeStruct((batch, self.text_length), jnp.int32)} if self.text_length else {}
+        return {"label": jax.ShapeDtypeStruct((batch,), jnp.int32), "w": row, **caption}
 
     def static(self):
         """This without its weights: hashable, so that one compiled program serves all weights."""

@@ -91,6 +91,7 @@ def _sample(config, workdir):
         num=flag.NUM.value,
         seed=flag.SEED.value,
         out=flag.OUT.value or "samples.png",
+        captions=flag.CAPTIONS.value,
     )
 
 

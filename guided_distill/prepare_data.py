@@ -128,7 +128,8 @@ def _resize_set(builder, config: DataConfig) -> None:
     image = tfds.features.Image(shape=config.sample_shape, encoding_format="png")
     dataset_info.write_dataset_info_proto(info, folder)
     # Last, since find_builder takes a folder with features.json for a finished set.
-    tfds.features.FeaturesDict({"image": image, "label": source["label"]}).save_config(folder)
+    kept = {name: source[name] for name in ("label", "text") if name in source}
+    tfds.features.FeaturesDict({"image": image, **kept}).save_config(folder)
 
 
 def _resize_record(record: bytes, config: DataConfig) -> bytes:
@@ -143,7 +144,9 @@ def _resize_record(record: bytes, config: DataConfig) -> bytes:
     Image.fromarray(resized[..., 0] if config.channels == 1 else resized).save(png, "PNG")
     small = tf_example_pb2.Example()
     small.features.feature["image"].bytes_list.value.append(png.getvalue())
-    small.features.feature["label"].CopyFrom(feature["label"])
+    for name in ("label", "text"):
+        if name in feature:
+            small.features.feature[name].CopyFrom(feature[name])
     return small.SerializeToString()
 
 

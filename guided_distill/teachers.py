@@ -15,6 +15,7 @@ from guided_distill.factories import call_factory
 from guided_distill.files import read_json
 from guided_distill.models import BACKBONES, make_model_fn
 from guided_distill.state import check_same_model, student_params
+from guided_distill.text import end_of_text
 
 
 @functools.cache
@@ -22,11 +23,16 @@ def make_module(experiment, w_conditioned, parameterisation):
     """The experiment's network as a Linen module."""
     module, _ = BACKBONES[experiment.backbone]
     both = 2 if parameterisation == "both" else 1
+    data, text = experiment.data, {}
+    if data.text_length:
+        known = {"vocabulary": data.vocabulary, "positions": data.text_length}
+        text = {"text": dataclasses.replace(experiment.model.text, **known)}
     config = dataclasses.replace(
         experiment.model,
-        num_classes=experiment.data.num_classes,
-        out_channels=both * experiment.data.sample_shape[-1],
+        num_classes=0 if text else data.num_classes,  # a caption says more than a label
+        out_channels=both * data.sample_shape[-1],
         w_conditioned=w_conditioned,
+        **text,
     )
     return module(config)
 
@@ -43,12 +49,19 @@ def make_model(experiment, *, w_conditioned, parameterisation=None, guided=True)
         params=None,
         schedule=experiment.schedule,
         parameterisation=parameterisation,
-        null_cond=guidance.null_label(experiment.data.num_classes) if guided else None,
+        null_cond=_null_cond(experiment.data) if guided else None,
         num_classes=experiment.data.num_classes,
         sample_shape=experiment.data.sample_shape,
+        text_length=experiment.data.text_length,
         data_range=experiment.data.data_range,
         w_conditioned=w_conditioned,
     )
+
+
+def _null_cond(data):
+    if data.text_length:
+        return guidance.null_caption(data.num_classes, end_of_text(data.vocabulary))
+    return guidance.null_label(data.num_classes)
 
 
 def initial_params(experiment, w_conditioned, key, mesh=None, parameterisation=None):
@@ -57,8 +70,10 @@ def initial_params(experiment, w_conditioned, key, mesh=None, parameterisation=N
     z = jnp.zeros((1, *experiment.data.sample_shape))
     one = jnp.zeros(1)
     arguments = key, z, one, one.astype(jnp.int32), one
-    out_shardings = None if mesh is None else sharding.shardings_of(mesh, jax.eval_shape(module.init, *arguments))
-    return jax.jit(module.init, out_shardings=out_shardings)(*arguments)["params"]
+    length = experiment.data.text_length
+    init = functools.partial(module.init, tokens=jnp.zeros((1, length), jnp.int32)) if length else module.init
+    out_shardings = None if mesh is None else sharding.shardings_of(mesh, jax.eval_shape(init, *arguments))
+    return jax.jit(init, out_shardings=out_shardings)(*arguments)["params"]
 
 
 def shapes_of(init):
@@ -74,8 +89,7 @@ def flops_of_a_call(model, init):
     """
     row = jax.ShapeDtypeStruct((1,), jnp.float32)
     z = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
-    cond = {"label": jax.ShapeDtypeStruct((1,), jnp.int32), "w": row}
-    return costs.cost_of(model.model_fn, shapes_of(init), z, row, cond).flops / model.members
+    return costs.cost_of(model.model_fn, shapes_of(init), z, row, model.cond_shapes(1)).flops / model.members
 
 
 def load_teacher(path):
@@ -112,6 +126,7 @@ def outside_teacher(name, experiment):
     for what, theirs, ours in (
         ("sample_shape", teacher.sample_shape, experiment.data.sample_shape),
         ("num_classes", teacher.num_classes, experiment.data.num_classes),
+        ("text_length", teacher.text_length, experiment.data.text_length),
     ):
         if theirs != ours:
             raise UserError(f"{key}: the teacher of {name!r} has {what} {theirs}, the config's data {ours}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from guided_distill import diffusion, distributed, guidance, sharding
 from guided_distill.checkpoint import find_stage, is_complete, load_eval_params
-from guided_distill.data import load_dataset
+from guided_distill.data import load_dataset, read_range
 from guided_distill.differences import differing_keys
 from guided_distill.errors import Fault, UserError
 from guided_distill.experiment import Experiment, from_config
@@ -35,6 +35,14 @@ class Run:
     def dataset(self):
         """The data, loaded when first needed: sampling needs none."""
         return load_dataset(self.experiment.data)
+
+    @functools.cached_property
+    def captions(self):
+        """Tokens i32 [C, L] of the captions held out, which models are looked at with; None of a set without any."""
+        if not self.experiment.data.text_length:
+            return None
+        test = self.dataset.test
+        return read_range(test, 0, len(test))["tokens"]
 
     @property
     def is_main(self):

@@ -22,6 +22,7 @@ LEVEL = {
     "files": 1,
     "diffusion": 1,
     "factories": 1,
+    "text": 1,
     "models": 1,
     "pictures": 1,
     "preemption": 1,

@@ -37,6 +37,8 @@ def export(config, workdir, *, formats, stages, with_teacher, licence, out):
     if "stablehlo" in formats and importlib.util.find_spec("flatbuffers") is None:
         raise UserError("--formats=stablehlo: jax writes it with flatbuffers; pip install 'guided_distill[export]'")
     this = open_run(config, workdir, create=False)
+    if this.experiment.data.text_length:
+        raise UserError("students of captions cannot be exported yet; --mode=sample draws from their run")
     students = _students(this, stages, with_teacher)
     unfinished = place.parent / f".{place.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from guided_distill.models.attention import attend
+from guided_distill.models.clip import TextConfig, TextEncoder
 from guided_distill.models.conv import conv_general_dilated
 from guided_distill.models.embeddings import Embedding
 from guided_distill.models.norm import GroupNorm
@@ -32,6 +33,7 @@ class UNetConfig:
     num_classes: int = 10  # 0: no label input. Label num_classes means "no condition".
     out_channels: int = 3  # "both" needs twice the image's
     patch: int = 1  # space-to-depth factor: the network runs at side / patch
+    text: TextConfig | None = None  # of the encoder of captions, trained with the rest; None: there is none
     w_conditioned: bool = False
     dtype: str = "float32"  # of the computation; parameters stay float32
     remat: bool = False  # recompute each block in the backward pass
@@ -101,12 +103,15 @@ class ResnetBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over all positions: GroupNorm, q/k/v, softmax, zero projection, residual."""
+    """Self-attention over all positions: GroupNorm, q/k/v, softmax, zero projection, residual.
+
+    With states of a text [B, L, D] over these too (arXiv 2112.10741, section 2.3: keys and values put beside the own).
+    """
 
     config: UNetConfig
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x, text=None):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         b, height, width, c = x.shape
         head_dim = config.head_dim or c
@@ -114,17 +119,25 @@ class AttentionBlock(nn.Module):
         q, k, v = (
             nn.Dense(c, dtype=dtype, name=name)(h).reshape(b, height * width, c // head_dim, head_dim) for name in "qkv"
         )
+        if text is not None:
+            k, v = (
+                jnp.concatenate([own, nn.Dense(c, dtype=dtype, name=name)(text).reshape(b, -1, *own.shape[2:])], axis=1)
+                for own, name in ((k, "text_k"), (v, "text_v"))
+            )
         h = attend(q, k, v).reshape(b, height, width, c)
         return x + nn.Dense(c, dtype=dtype, kernel_init=nn.initializers.zeros, name="out")(h)
 
 
 class UNet(nn.Module):
-    """z [B, H, W, C], logsnr [B], label i32 [B] or None, w [B] or None -> [B, H, W, out_channels], float32."""
+    """z [B, H, W, C], logsnr [B], label i32 [B] or None, w [B] or None -> [B, H, W, out_channels], float32.
+
+    With config.text also tokens i32 [B, L] of captions.
+    """
 
     config: UNetConfig
 
     @nn.compact
-    def __call__(self, z, logsnr, label, w, *, train=False):
+    def __call__(self, z, logsnr, label, w, *, train=False, tokens=None):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         remat = functools.partial(nn.remat, static_argnums=(3,)) if config.remat else lambda module: module
         block, attention = remat(ResnetBlock), nn.remat(AttentionBlock) if config.remat else AttentionBlock
@@ -136,13 +149,16 @@ class UNet(nn.Module):
             config.dtype,
             name="embedding",
         )
-        emb = embedding(logsnr, label, w)
+        emb, text = embedding(logsnr, label, w), None
+        if config.text is not None:
+            text, whole = TextEncoder(dataclasses.replace(config.text, dtype=config.dtype), name="text")(tokens)
+            emb = emb + nn.Dense(config.emb_channels, dtype=dtype, name="text_emb")(whole)
 
         def resnet(h, name, features, resample="none"):
             return block(config, features, resample, name=name)(h, emb, train)
 
         def attend(h, name):
-            return attention(config, name=name)(h) if h.shape[1] in config.attention_resolutions else h
+            return attention(config, name=name)(h, text) if h.shape[1] in config.attention_resolutions else h
 
         h = _conv(config.channels, dtype, name="conv_in")(_space_to_depth(z, config.patch).astype(dtype))
         skips, levels = [h], [config.channels * m for m in config.multipliers]
@@ -155,7 +171,7 @@ class UNet(nn.Module):
                 skips.append(h)
 
         h = resnet(h, "mid_0", levels[-1])
-        h = attention(config, name="mid_attention")(h)
+        h = attention(config, name="mid_attention")(h, text)
         h = resnet(h, "mid_1", levels[-1])
 
         for level, features in reversed(list(enumerate(levels))):

@@ -101,10 +101,9 @@ def step_arguments(experiment, stage, parent, mesh):
     frozen = (
         {} if parent is None else {"teacher": jax.eval_shape(lambda p: as_teacher(p, dtype), shapes_of(parent.init))}
     )
-    batch = {
-        "x": jax.ShapeDtypeStruct((size, *experiment.data.sample_shape), jnp.float32),
-        "label": jax.ShapeDtypeStruct((size,), jnp.int32),
-    }
+    cond = stage.model.cond_shapes(size)
+    del cond["w"]
+    batch = {"x": jax.ShapeDtypeStruct((size, *experiment.data.sample_shape), jnp.float32), **cond}
     split = jax.tree.map(lambda _: sharding.batched(mesh), batch)
     trees = (state, frozen, knobs, key)
     state, frozen, knobs, key = _placed(trees, sharding.shardings_of(mesh, trees))
@@ -115,7 +114,7 @@ def _sampler_arguments(experiment, stage, mesh):
     """(params, grid, keys, cond, num_steps) of a stage's sampler, as shapes on a mesh."""
     size = experiment.evaluate.batch_size
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
-    cond = {"label": jax.ShapeDtypeStruct((size,), jnp.int32), "w": jax.ShapeDtypeStruct((size,), jnp.float32)}
+    cond = stage.model.cond_shapes(size)
     whole = (shapes_of(stage.init), _grid(experiment), jax.ShapeDtypeStruct((), jnp.int32))
     params, grid, num_steps = _placed(whole, sharding.shardings_of(mesh, whole))
     keys, cond = _placed((keys, cond), jax.tree.map(lambda _: sharding.batched(mesh), (keys, cond)))

@@ -149,13 +149,8 @@ def _memory(experiment, stage, parent, teacher, train, calls, batch, place):
 
 def _arguments(model, batch):
     """(z, logsnr, cond) of a network for `batch` examples, as shapes."""
-
-    def row(dtype):
-        return jax.ShapeDtypeStruct((batch,), dtype)
-
-    cond = {"label": row(jnp.int32), "w": row(jnp.float32)}
     z = jax.ShapeDtypeStruct((batch, *model.sample_shape), jnp.float32)
-    return z, row(jnp.float32), cond
+    return z, jax.ShapeDtypeStruct((batch,), jnp.float32), model.cond_shapes(batch)
 
 
 def _network_costs(stage, params, batch, place, known):

@@ -20,6 +20,7 @@ _OF_A_NETWORK = {
     "recall": ("recall", 1),
     "density": ("density", 1),
     "coverage": ("coverage", 1),
+    "retrieval": ("captions found again", 1),
 }
 
 

@@ -1,0 +1,144 @@
+"""Captions as conditions: their tokens, guidance away from no caption, and whether pictures show what they say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from captioned import captioned_config
+
+from guided_distill import pipeline, sample
+from guided_distill.data import load_dataset, make_batches, read_range
+from guided_distill.errors import UserError
+from guided_distill.evaluation import captions, features, yardstick
+from guided_distill.experiment import from_config
+from guided_distill.guidance import null_caption
+from guided_distill.teachers import initial_params, make_model
+from guided_distill.text import end_of_text, hashed_words
+
+EXPERIMENT = from_config(captioned_config())
+LENGTH, VOCABULARY = EXPERIMENT.data.text_length, EXPERIMENT.data.vocabulary
+END = end_of_text(VOCABULARY)
+
+
+def tokens_of(*texts, length=LENGTH, vocabulary=VOCABULARY):
+    return hashed_words(texts, length=length, vocabulary=vocabulary)
+
+
+def test_a_word_is_a_number_wherever_it_stands():
+    rows = tokens_of("Red square", "square: red", "", "red  SQUARE", length=4, vocabulary=4096)
+    assert rows[0, 0] == rows[1, 2] and rows[0, 1] == rows[1, 0] and (rows[0] == rows[3]).all()
+    assert (rows[2] == 4095).all() and rows.max(where=rows < 4095, initial=0) < 4095 and rows.dtype == np.int32
+
+
+def test_a_long_caption_loses_its_end_and_keeps_the_end_of_text():
+    rows = tokens_of("a b c d e f", length=4, vocabulary=4096)
+    assert (rows[0, :3] == tokens_of("a b c", length=4, vocabulary=4096)[0, :3]).all() and rows[0, 3] == 4095
+
+
+def test_words_of_any_script_are_words():
+    rows = tokens_of("\u732b \u043a\u043e\u0442 caf\u00e9", length=4, vocabulary=4096)
+    assert len(set(rows[0].tolist())) == 4
+
+
+def perturbed():
+    params = initial_params(EXPERIMENT, False, jax.random.key(0))
+    return jax.tree.map(lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape), params)
+
+
+def test_guidance_leads_away_from_the_empty_caption():
+    model, params = make_model(EXPERIMENT, w_conditioned=False), perturbed()
+    z = jax.random.normal(jax.random.key(1), (2, *model.sample_shape))
+    logsnr, tokens = jnp.zeros(2), jnp.asarray(tokens_of("a red square", "a blue square"))
+
+    def velocity(tokens):
+        return model.model_fn(params, z, logsnr, {"label": jnp.zeros(2, jnp.int32), "tokens": tokens})
+
+    said, unsaid = velocity(tokens), velocity(jnp.asarray(tokens_of("", "")))
+    assert jnp.abs(said - unsaid).max() > 1e-3
+    cond = {"label": jnp.zeros(2, jnp.int32), "tokens": tokens, "w": jnp.array([0.0, 3.0])}
+    guided = model.denoiser(params)(z, logsnr, cond)
+    at = model.schedule.alpha_sigma(logsnr)
+    w = jnp.array([0.0, 3.0])[:, None, None, None]
+    v = (1 + w) * said - w * unsaid
+    alpha, sigma = (value[:, None, None, None] for value in at)
+    np.testing.assert_allclose(guided.x, alpha * z - sigma * v, atol=2e-5)
+
+
+def test_no_caption_takes_the_label_with_it():
+    cond = null_caption(10, END)({"label": jnp.arange(2), "tokens": jnp.asarray(tokens_of("a", "b"))})
+    assert (cond["label"] == 10).all() and (cond["tokens"] == END).all()
+
+
+def test_a_caption_of_another_order_is_another_caption():
+    model, params = make_model(EXPERIMENT, w_conditioned=False), perturbed()
+    z, logsnr = jnp.ones((2, *model.sample_shape)), jnp.zeros(2)
+    tokens = jnp.asarray(tokens_of("white on green", "green on white"))
+    out = model.model_fn(params, z, logsnr, {"label": jnp.zeros(2, jnp.int32), "tokens": tokens})
+    assert jnp.abs(out[0] - out[1]).max() > 1e-4
+
+
+def test_batches_bring_the_caption_of_their_picture():
+    train = load_dataset(EXPERIMENT.data).train
+    batch = next(make_batches(train, batch_size=16, seed=0, flip=False))
+    colours = batch["x"][:, 4, 4]
+    for colour, row in zip(colours, batch["tokens"], strict=True):
+        name = next(name for name, value in zip(("red", "green", "blue", "white"), np.eye(3).tolist() + [[1, 1, 1]],
+                    strict=True) if (colour > 0).tolist() == [bool(v) for v in value])  # fmt: skip
+        assert (row == tokens_of(f"a {name} square")[0]).all()
+
+
+@pytest.mark.parametrize("values", [{"data.text_length": 0}, {"evaluate.features": ("classifier",)}])
+def test_what_does_not_go_together_is_named(values):
+    with pytest.raises(UserError, match=r"config.model.text is given|config.evaluate.features holds 'classifier'"):
+        from_config(captioned_config(**values))
+
+
+def test_captions_that_are_not_there_are_named():
+    config = captioned_config()
+    config["data"]["text_length"], config["data"]["name"] = 4, "captioned:uncaptioned"
+    with pytest.raises(UserError, match="no captions"):
+        load_dataset(from_config(config).data)
+
+
+def test_real_pictures_find_their_own_captions():
+    real = np.arange(12.0)[:, None] * 10
+    tokens = tokens_of(*(f"picture {chr(97 + i)}" for i in range(12)), length=4, vocabulary=4096)
+    assert captions.retrieval(real, tokens, real, tokens, end=4095) == 1.0
+    assert (
+        captions.retrieval(real[::-1] + 1000.0, tokens, real, tokens, end=4095) == 5 / 12
+    )
+
+
+def test_a_caption_unlike_all_is_left_out():
+    real, theirs = np.arange(12.0)[:, None], tokens_of(*["cat"] * 12, length=4, vocabulary=4096)
+    ours = tokens_of("cat", "dog", length=4, vocabulary=4096)
+    assert captions.retrieval(real[:2], ours, real, theirs, end=4095) == 1.0
+    assert captions.retrieval(real[:1], ours[1:], real, theirs, end=4095) == 0.0
+
+
+@pytest.fixture
+def plain_features(monkeypatch):
+    """Features of the means of a picture's quarters: for EfficientNet's, whose weights need not be here."""
+
+    def apply(params, x):
+        means = x.reshape(len(x), 2, 4, 2, 4, 3).mean((2, 4)).reshape(len(x), -1)
+        return means, means
+
+    network = features.FeatureNetwork("efficientnet_lite0", {"p": np.zeros(1)}, apply, "0" * 64, "none", False)
+    monkeypatch.setattr(yardstick, "load_feature_network", lambda name: network)
+
+
+@pytest.mark.slow
+def test_the_whole_chain(tmp_path, plain_features):
+    summary = pipeline.run(captioned_config(), tmp_path)
+    for row in summary["rows"]:
+        assert 0.0 <= row["metrics"]["retrieval_efficientnet_lite0"] <= 1.0
+    told = {"num_steps": 2, "series": None, "w": 1.0, "num": 4, "seed": 0}
+    out = tmp_path / "x.npz"
+    sample.sample(captioned_config(), tmp_path, **told, labels=None, captions=["a red square", "sky"], out=str(out))
+    drawn = np.load(out, allow_pickle=False)
+    assert drawn["x"].shape == (4, 8, 8, 3) and drawn["label"].tolist() == [0, 1, 0, 1]
+    sample.sample(captioned_config(), tmp_path, **told, labels=None, out=str(out))
+    assert np.load(out)["label"].max() < len(read_range(load_dataset(EXPERIMENT.data).test, 0, 8)["tokens"])
+    with pytest.raises(UserError, match="labels: 2 is outside"):
+        sample.sample(captioned_config(), tmp_path, **told, labels=[2], captions=["a", "b"], out=str(out))
