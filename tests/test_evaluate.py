@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import tiny_config
+from tiny import quick_config
 
 from guided_distill import evaluate, measure_files, pipeline, sample
 from guided_distill.errors import UserError
@@ -16,7 +16,7 @@ FEW = {"evaluate.num_steps": (1,), "evaluate.w": (0.0, 4.0)}
 
 
 def config(**values):
-    return tiny_config(**{**FEW, **values})
+    return quick_config(**{**FEW, **values})
 
 
 def read_rows(workdir):
@@ -103,7 +103,6 @@ def test_an_evaluation_of_other_settings_that_was_killed_leaves_nothing_behind(r
         assert row["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)
 
 
-@pytest.mark.slow
 def test_rows_of_another_classifier_are_measured_anew(run_of, drawn):
     other = config(**{"evaluate.classifier_updates": 6})
     summary = json.loads((run_of / "summary.json").read_text())
@@ -122,7 +121,6 @@ def test_a_picture_that_is_missing_is_made_again_without_drawing(run_of, drawn):
     assert drawn == [] and read_rows(run_of) == before
 
 
-@pytest.mark.slow
 def test_another_number_of_samples_measures_all_anew(run_of, drawn):
     pipeline.evaluate_run(config(**{"evaluate.num_samples": 24}), run_of)
     assert {row["num_samples"] for row in read_rows(run_of)} == {24} and len(drawn) == len(read_rows(run_of))
@@ -160,7 +158,6 @@ def test_samples_of_a_file_are_measured_as_the_runs_own(run_of, tmp_path, capsys
     assert "frechet_classifier" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_pictures_are_measured_as_the_array_they_were_made_of(run_of, tmp_path):
     draw(run_of, tmp_path / "samples.npz", 4.0)
     x = np.round(127.5 * (np.load(tmp_path / "samples.npz")["x"] + 1)).astype(np.uint8)

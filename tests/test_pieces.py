@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_config
+from tiny import quick_config
 
 from configs import pieces
 from guided_distill import pipeline
@@ -28,7 +28,7 @@ def test_a_piece_makes_a_chain_whose_students_predict_v(piece):
 def test_teachers_made_of_others_call_and_say_what_they_should(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, seed in (("digits", 0), ("digits_seed1", 1), ("digits_weak", 2)):
-        pipeline.run(tiny_config(seed=seed), f"runs/{name}")
+        pipeline.run(quick_config(seed=seed), f"runs/{name}")
     made = {name: getattr(pieces, f"make_{name}")() for name in ("ensemble", "autoguidance", "interval")}
     assert {name: teacher.calls_per_step for name, teacher in made.items()} == {
         "ensemble": 4, "autoguidance": 2, "interval": 2,

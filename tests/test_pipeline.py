@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from stopping import Stopped, stop_after
-from tiny import tiny_config
+from tiny import quick_config
 
 from guided_distill import metrics, pipeline
 from guided_distill.errors import UserError
@@ -16,14 +16,14 @@ STAGES = ["00_teacher", "01_stage1", "02_stage2_det_0002", "03_stage2_det_0001"]
 
 
 def weights(workdir):
-    run = pipeline.open_run(tiny_config(), workdir)
+    run = pipeline.open_run(quick_config(), workdir)
     return {stage.name: jax.device_get(run.params_of(stage)) for stage in run.stages}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    pipeline.run(tiny_config(**{"log.sample_every": 4}), workdir)
+    pipeline.run(quick_config(**{"log.sample_every": 4}), workdir)
     return workdir
 
 
@@ -73,7 +73,7 @@ def test_rows_of_the_summary(finished):
 
 def test_the_same_call_again_changes_nothing(finished):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
-    pipeline.run(tiny_config(), finished)
+    pipeline.run(quick_config(), finished)
     after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     changed = {path.name for path in after if before.get(path) != after[path]}
     assert changed <= {"config.json"}
@@ -84,7 +84,7 @@ def test_an_interrupted_evaluation_keeps_its_rows(finished):
     summary = json.loads(path.read_text())
     kept = summary["rows"][:5]
     path.write_text(json.dumps({**summary, "rows": kept}))
-    pipeline.run(tiny_config(), finished)
+    pipeline.run(quick_config(), finished)
     again = json.loads(path.read_text())
     assert again["rows"][:5] == kept
     for row, expected in zip(again["rows"], summary["rows"], strict=True):
@@ -95,29 +95,29 @@ def test_a_chain_interrupted_in_every_stage_ends_with_the_same_weights(finished,
     for stop in (3, 2, 3, 1):
         stop_after(monkeypatch, stop)
         with pytest.raises(Stopped):
-            pipeline.run(tiny_config(), tmp_path)
+            pipeline.run(quick_config(), tmp_path)
     monkeypatch.undo()
-    pipeline.run(tiny_config(), tmp_path)
+    pipeline.run(quick_config(), tmp_path)
     ours, theirs = weights(tmp_path), weights(finished)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), ours, theirs))
 
 
 def test_a_teacher_trained_earlier_is_taken_as_it_is(finished, tmp_path):
-    pipeline.run(tiny_config(**{"teacher.checkpoint": str(finished)}), tmp_path)
+    pipeline.run(quick_config(**{"teacher.checkpoint": str(finished)}), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [*STAGES[1:], "evaluation"]
     ours, theirs = weights_with(tmp_path, finished), weights(finished)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), ours, theirs))
 
 
 def weights_with(workdir, teacher):
-    run = pipeline.open_run(tiny_config(**{"teacher.checkpoint": str(teacher)}), workdir)
+    run = pipeline.open_run(quick_config(**{"teacher.checkpoint": str(teacher)}), workdir)
     return {stage.name: jax.device_get(run.params_of(stage)) for stage in run.stages}
 
 
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"model.channels": 16}, "00_teacher is another model .config.model.channels: 8 -> 16"),
+        ({"model.features": 32}, "00_teacher is another model .config.model.features: 16 -> 32"),
         ({"parameterisation": "eps"}, "config.parameterisation: 'v' -> 'eps'"),
         ({"teacher.checkpoint": "{finished}/01_stage1"}, "01_stage1 is another stage; a teacher is needed"),
     ],
@@ -128,19 +128,19 @@ def test_a_teacher_of_another_model_is_refused(finished, tmp_path, values, says)
         key: value.format(finished=finished) if isinstance(value, str) else value for key, value in values.items()
     }
     with pytest.raises(UserError, match=says):
-        pipeline.run(tiny_config(**values), tmp_path)
+        pipeline.run(quick_config(**values), tmp_path)
 
 
 def test_a_teacher_without_its_config_is_held_against_the_network(finished, tmp_path):
     shutil.copytree(finished / "00_teacher", tmp_path / "00_teacher")
     with pytest.raises(UserError, match="has another shape of .*: it is a checkpoint of another model"):
-        pipeline.run(tiny_config(**{"teacher.checkpoint": str(tmp_path), "model.channels": 16}), tmp_path / "new")
+        pipeline.run(quick_config(**{"teacher.checkpoint": str(tmp_path), "model.features": 32}), tmp_path / "new")
 
 
 def test_an_unfinished_teacher_is_refused(finished, tmp_path):
     shutil.copytree(finished / "00_teacher", tmp_path / "00_teacher", ignore=shutil.ignore_patterns("STAGE_COMPLETE"))
     with pytest.raises(UserError, match="00_teacher is not finished"):
-        pipeline.open_run(tiny_config(**{"teacher.checkpoint": str(tmp_path)}), tmp_path / "new")
+        pipeline.open_run(quick_config(**{"teacher.checkpoint": str(tmp_path)}), tmp_path / "new")
 
 
 def test_figures_of_weights_that_change_are_forgotten(finished, tmp_path):
@@ -149,7 +149,7 @@ def test_figures_of_weights_that_change_are_forgotten(finished, tmp_path):
     last = workdir / "03_stage2_det_0001"
     (last / "STAGE_COMPLETE").unlink()
     stamp = (workdir / "summary.json").stat().st_mtime_ns
-    pipeline.run(tiny_config(), workdir)
+    pipeline.run(quick_config(), workdir)
     assert (workdir / "summary.json").stat().st_mtime_ns > stamp
 
 
@@ -157,28 +157,28 @@ def test_more_of_the_surface_keeps_the_rows_there_are(finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished, workdir)
     before = json.loads((workdir / "summary.json").read_text())["rows"]
-    pipeline.evaluate_run(tiny_config(**{"evaluate.w": (0.0, 2.0, 4.0)}), workdir)
+    pipeline.evaluate_run(quick_config(**{"evaluate.w": (0.0, 2.0, 4.0)}), workdir)
     after = json.loads((workdir / "summary.json").read_text())["rows"]
     assert [row for row in after if row["w"] != 2.0] == before and len(after) == 3 * len(before) // 2
 
 
 def test_a_workdir_of_another_config_is_refused_and_evaluation_may_change(finished):
     with pytest.raises(UserError, match="config.stage1.updates: 4 -> 9"):
-        pipeline.open_run(tiny_config(**{"stage1.updates": 9}), finished)
-    pipeline.open_run(tiny_config(**{"evaluate.num_samples": 8}), finished)
-    pipeline.open_run(tiny_config(), finished)
+        pipeline.open_run(quick_config(**{"stage1.updates": 9}), finished)
+    pipeline.open_run(quick_config(**{"evaluate.num_samples": 8}), finished)
+    pipeline.open_run(quick_config(), finished)
 
 
 def test_a_config_that_nothing_was_trained_with_may_change(tmp_path):
-    pipeline.open_run(tiny_config(), tmp_path)
-    pipeline.open_run(tiny_config(seed=5), tmp_path)
+    pipeline.open_run(quick_config(), tmp_path)
+    pipeline.open_run(quick_config(seed=5), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 5
 
 
 def test_mistakes_leave_no_workdir_behind(tmp_path):
     for config, says in (
-        (tiny_config(**{"data.name": "no_such_set", "data.data_dir": str(tmp_path)}), "no_such_set"),
-        (tiny_config(**{"stage1.batch_size": 9}), "config.stage1.batch_size is 9.*8 devices.*such as 16"),
+        (quick_config(**{"data.name": "no_such_set", "data.data_dir": str(tmp_path)}), "no_such_set"),
+        (quick_config(**{"stage1.batch_size": 9}), "config.stage1.batch_size is 9.*8 devices.*such as 16"),
     ):
         with pytest.raises(UserError, match=says):
             pipeline.run(config, tmp_path / "new")
@@ -187,4 +187,4 @@ def test_mistakes_leave_no_workdir_behind(tmp_path):
 
 def test_evaluating_a_run_that_is_not_finished_names_the_stage(tmp_path):
     with pytest.raises(UserError, match="00_teacher: this stage is not finished"):
-        pipeline.evaluate_run(tiny_config(), tmp_path)
+        pipeline.evaluate_run(quick_config(), tmp_path)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from stopping import Stopped, stop_after
-from tiny import tiny_config
+from tiny import quick_config
 
 import configs.rounds
 from guided_distill import metrics, pipeline, rounds, sharding
@@ -20,7 +20,7 @@ from guided_distill.stages import make_stages
 
 
 def make_run(workdir, **values):
-    experiment = from_config(tiny_config(**values))
+    experiment = from_config(quick_config(**values))
     return types.SimpleNamespace(
         experiment=experiment, stages=make_stages(experiment), workdir=workdir, mesh=sharding.make_mesh(), is_main=True
     )
@@ -90,7 +90,7 @@ def test_a_round_that_left_too_much_of_its_gap_stops_the_run_and_says_so(tmp_pat
 
 
 def test_shares_spend_the_work_and_leave_least_of_the_gaps_together():
-    base = make_stages(from_config(tiny_config()))[-1]
+    base = make_stages(from_config(quick_config()))[-1]
     stages = [dataclasses.replace(base, teacher_calls=calls) for calls in (2, 8, 2)]
     gaps, work = np.array([1.0, 4.0, 16.0]), 1e5
     updates = np.array(rounds.shares(stages, gaps, work))
@@ -121,9 +121,9 @@ PLANNED = {
 @pytest.mark.slow
 def test_a_planned_run_trains_what_its_plans_say_and_the_gate_holds_it_up(tmp_path):
     with pytest.raises(UserError, match="stage2_det_0002: .* of the gap to its teacher is left"):
-        pipeline.run(tiny_config(**PLANNED, **{"rounds.gate_most_left": 1e-6}), tmp_path)
-    pipeline.run(tiny_config(**PLANNED), tmp_path)
-    run = pipeline.open_run(tiny_config(**PLANNED), tmp_path)
+        pipeline.run(quick_config(**PLANNED, **{"rounds.gate_most_left": 1e-6}), tmp_path)
+    pipeline.run(quick_config(**PLANNED), tmp_path)
+    run = pipeline.open_run(quick_config(**PLANNED), tmp_path)
     for stage in run.stages[2:]:
         directory = stage.directory(tmp_path)
         plan = json.loads((directory / "plan.json").read_text())
@@ -136,7 +136,7 @@ def test_a_planned_run_trains_what_its_plans_say_and_the_gate_holds_it_up(tmp_pa
 
 @pytest.mark.slow
 def test_a_planned_and_gated_run_that_is_interrupted_ends_with_the_same_weights(tmp_path, monkeypatch):
-    config = tiny_config(**PLANNED, **{"rounds.gate_every": 4, "rounds.gate_least_fall": 0.5})
+    config = quick_config(**PLANNED, **{"rounds.gate_every": 4, "rounds.gate_least_fall": 0.5})
 
     for stop in (11, 1, 5, 9, 3):  # in stage one, in the probes of a round, in its training, and so on
         stop_after(monkeypatch, stop)
@@ -165,7 +165,7 @@ def test_a_cheaper_way_costs_at_most_half(way):
 
 
 def test_the_work_of_an_update_is_what_its_objective_calls():
-    stages = {s.series: s for s in make_stages(from_config(tiny_config(**{"stage2.series": ("det", "tract")})))}
+    stages = {s.series: s for s in make_stages(from_config(quick_config(**{"stage2.series": ("det", "tract")})))}
     # A student's forward and backward count three; "det" asks two teachers' steps, tract one and its own average.
     assert stages["det"].work_per_update == stages["tract"].work_per_update == 8 * (3 + 2)
 
@@ -181,7 +181,7 @@ def test_the_work_of_an_update_is_what_its_objective_calls():
     ],
 )
 def test_what_makes_no_plan_is_named(values, says):
-    config = tiny_config()
+    config = quick_config()
     for key, value in values.items():
         group, _, name = key.rpartition(".")
         (config[group] if group else config)[name] = value

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_config
+from tiny import quick_config
 
 from guided_distill import pipeline, transfer
 from guided_distill.errors import UserError
@@ -24,7 +24,7 @@ ALL = {
 
 
 def test_stages_fork_from_stage_one_and_two_students_from_the_teacher():
-    stages = {stage.name: stage for stage in make_stages(from_config(tiny_config(**ALL)))}
+    stages = {stage.name: stage for stage in make_stages(from_config(quick_config(**ALL)))}
     parents = {name: stage.parent for name, stage in stages.items()}
     assert parents == {
         "teacher": None,
@@ -66,17 +66,17 @@ def test_stages_fork_from_stage_one_and_two_students_from_the_teacher():
 )
 def test_what_makes_no_rounds_is_named(values, says):
     with pytest.raises(UserError, match=says):
-        from_config(tiny_config(**{"evaluate.num_steps": (1,), **values}))
+        from_config(quick_config(**{"evaluate.num_steps": (1,), **values}))
 
 
 def test_a_round_may_skip_halvings():
-    stages = make_stages(from_config(tiny_config(**{"stage2.num_steps": (1,), "evaluate.num_steps": (1,)})))
+    stages = make_stages(from_config(quick_config(**{"stage2.num_steps": (1,), "evaluate.num_steps": (1,)})))
     assert [(stage.name, stage.num_steps, stage.teacher_calls) for stage in stages[2:]] == [("stage2_det_0001", 1, 4)]
 
 
 @pytest.mark.slow
 def test_every_series_is_trained_and_measured_and_the_encoder_transfers(tmp_path):
-    config = tiny_config(**ALL)
+    config = quick_config(**ALL)
     summary = pipeline.run(config, tmp_path)
     rows = {(row["stage"], row["sampler"], row["num_steps"], row["w"]): row for row in summary["rows"]}
     assert rows["stage2_two_0001", "deterministic", 1, 4.0]["nfe"] == 2

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from tiny import tiny_config
+from tiny import quick_config
 
 from guided_distill import diffusion, pipeline
 from guided_distill.errors import UserError
@@ -140,7 +140,7 @@ def not_a_teacher():
 
 
 def config(name, **values):
-    return tiny_config(**{"teacher.factory": f"{__name__}:{name}", **values})
+    return quick_config(**{"teacher.factory": f"{__name__}:{name}", **values})
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_what_is_wrong_with_a_teacher_is_named(name, values, says):
 
 def test_a_module_that_is_not_there_is_named():
     with pytest.raises(UserError, match="config.teacher.factory: 'nowhere:f' names the module 'nowhere'"):
-        outside_teacher("nowhere:f", from_config(tiny_config()))
+        outside_teacher("nowhere:f", from_config(quick_config()))
 
 
 # The teacher of an earlier run
@@ -188,14 +188,14 @@ def test_a_module_that_is_not_there_is_named():
 
 @functools.cache
 def trained(directory):
-    pipeline.run(tiny_config(**{"evaluate.num_steps": (1,), "evaluate.w": (4.0,)}), directory)
+    pipeline.run(quick_config(**{"evaluate.num_steps": (1,), "evaluate.w": (4.0,)}), directory)
     return directory
 
 
 @pytest.mark.slow
 def test_an_earlier_runs_teacher_is_loaded_with_a_student_that_starts_from_it(tmp_path):
     loaded = load_teacher(trained(tmp_path))
-    run = pipeline.open_run(tiny_config(), tmp_path)
+    run = pipeline.open_run(quick_config(), tmp_path)
     expected = run.params_of(run.stages[0])
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), loaded.params, expected))
     model_fn, start = loaded.student
@@ -210,13 +210,13 @@ def test_an_earlier_runs_teacher_is_loaded_with_a_student_that_starts_from_it(tm
 def test_a_stage_one_trained_earlier_is_taken_as_it_is(tmp_path):
     first = trained(tmp_path / "first")
     values = {"teacher.checkpoint": str(first), "stage1.checkpoint": str(first), "stage2.series": ("sto",)}
-    pipeline.run(tiny_config(**values), tmp_path / "second")
+    pipeline.run(quick_config(**values), tmp_path / "second")
     assert sorted(path.name for path in (tmp_path / "second").glob("[0-9]*")) == [
         "02_stage2_sto_0002",
         "03_stage2_sto_0001",
     ]
     with pytest.raises(UserError, match="config.stage1.checkpoint is given without its teacher"):
-        from_config(tiny_config(**{"stage1.checkpoint": str(first)}))
+        from_config(quick_config(**{"stage1.checkpoint": str(first)}))
 
 
 def test_a_call_has_the_operations_that_its_products_have():
