@@ -36,6 +36,11 @@ SERIES = flags.DEFINE_string(
 W = flags.DEFINE_float("w", 1.0, "sample, transfer: guidance strength.")
 LABELS = flags.DEFINE_list("labels", None, "sample: classes, repeated over the images; drawn from the seed by default.")
 CAPTIONS = flags.DEFINE_multi_string("caption", None, "sample: what to show, of a model of captions; repeatable.")
+IMAGE = flags.DEFINE_string("image", None, "sample: a picture of the model's size to make others of.")
+START = flags.DEFINE_integer("start", None, "sample: evaluations from --image; the fewer, the more of it is kept.")
+MASK = flags.DEFINE_string("mask", None, "sample: what to make anew of --image: white; what is black is kept.")
+TO_SEED = flags.DEFINE_integer("to_seed", None, "sample: pictures on the way from the noise of --seed to that of this.")
+TO_W = flags.DEFINE_float("to_w", None, "sample: pictures on the way from --w to this.")
 TARGET = flags.DEFINE_string("target", None, "transfer: the workdir of the run whose domain is drawn in.")
 SAMPLES = flags.DEFINE_string(
     "samples", None, "evaluate: a folder of pictures or an npz to measure in place of a run, or data:test."

@@ -1,12 +1,14 @@
 """Images by the batch: the samplers compiled, spread over devices, one seed per image."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from guided_distill import compilation, samplers, sharding
+from guided_distill import compilation, editing, samplers, sharding
 
 
 @functools.cache
@@ -27,6 +29,44 @@ def compiled(model, sampler, mesh):
     return jax.jit(sample, out_shardings=sharding.batched(mesh), compiler_options=options)
 
 
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """A picture to go out from: x f32 [*S], how far to t = start/N, and what to make anew: mask f32 [*S], 1 there."""
+
+    x: Any
+    mask: Any
+    start: int
+
+
+@functools.cache
+def compiled_edit(model, mesh):
+    """(params, grid, keys, cond, num_steps, x [*S], mask [*S], start) -> x [B, *S]: `editing.edit`, jitted."""
+
+    def run(params, grid, keys, cond, num_steps, x, mask, start):
+        eps = samplers.initial_noise(keys, model.sample_shape)
+        denoiser = model.denoiser(sharding.gathered(mesh, params))
+        x, mask = (jnp.broadcast_to(value[None], eps.shape) for value in (x, mask))
+        prior_std, clip = model.schedule.prior_std, model.data_range
+        return editing.edit(denoiser, grid, x, eps, cond, num_steps, start, mask, prior_std=prior_std, clip=clip)
+
+    options = compilation.compiler_options(mesh)
+    return jax.jit(run, out_shardings=sharding.batched(mesh), compiler_options=options)
+
+
+def noise_between(model, seed, to_seed, num):
+    """Index [b] -> z [b, *S]: noises on the way from image 0 of one seed to image 0 of another, `num` in all."""
+
+    def noise(index):
+        ends = (
+            samplers.initial_noise(samplers.image_keys(s, jnp.zeros(len(index), jnp.int32)), model.sample_shape)
+            for s in (seed, to_seed)
+        )
+        share = jnp.minimum(jnp.asarray(index), num - 1) / max(num - 1, 1)
+        return model.schedule.prior_std * editing.between(*ends, share)
+
+    return noise
+
+
 def sample_images(
     model,
     params,
@@ -41,12 +81,15 @@ def sample_images(
     labels=None,
     captions=None,
     sampler="deterministic",
+    noise=None,
+    edit=None,
 ):
     """Yields (index [b], label [b], x [b, *S]) as host arrays for the images 0 .. num - 1 of a seed.
 
     Image k depends on (seed, k), its label and w alone. `labels` i32 [num]; None draws them uniformly. Where the model
-    takes captions a label is the number of one of `captions`, the tokens i32 [C, L]. The last batch is computed whole
-    and cut, so that every batch runs the same program.
+    takes captions a label is the number of one of `captions`, the tokens i32 [C, L]. `w` is a number or f32 [num].
+    `noise`, index [b] -> z [b, *S], stands for the noise of the seed; an `Edit` for starting from noise at all. The
+    last batch is computed whole and cut, so that every batch runs the same program.
     """
     num_labels = model.num_classes if captions is None else len(captions)
     sample = compiled(model.static(), samplers.SAMPLERS[sampler], mesh)
@@ -58,10 +101,17 @@ def sample_images(
             if labels is None
             else jnp.asarray(np.resize(labels[start:], batch_size))
         )
-        cond = {"label": label, "w": jnp.full(batch_size, w, jnp.float32)}
+        strengths = np.resize(w[start:] if np.ndim(w) else w, batch_size)
+        cond = {"label": label, "w": jnp.asarray(strengths, jnp.float32)}
         if captions is not None:
             cond["tokens"] = jnp.asarray(captions)[label]
+        z = None if noise is None else sharding.spread(mesh, noise(index))
         keys, cond = sharding.spread(mesh, (keys, cond))
-        x = sample(params, grid, keys, cond, jnp.asarray(num_steps, jnp.int32))
+        steps = jnp.asarray(num_steps, jnp.int32)
+        if edit is None:
+            x = sample(params, grid, keys, cond, steps, z)
+        else:
+            at = sharding.replicate(mesh, (edit.x, edit.mask, np.int32(edit.start)))
+            x = compiled_edit(model.static(), mesh)(params, grid, keys, cond, steps, *at)
         kept = min(batch_size, num - start)
         yield index[:kept], np.asarray(label)[:kept], sharding.to_host(x)[:kept]

@@ -92,6 +92,7 @@ def _sample(config, workdir):
         seed=flag.SEED.value,
         out=flag.OUT.value or "samples.png",
         captions=flag.CAPTIONS.value,
+        begin=sample.From(flag.IMAGE.value, flag.START.value, flag.MASK.value, flag.TO_SEED.value, flag.TO_W.value),
     )
 
 

@@ -1,5 +1,6 @@
 """Images of a trained student: a picture, or arrays."""
 
+import dataclasses
 import io
 import os
 import sys
@@ -9,17 +10,33 @@ from etils import epath
 
 from guided_distill import generate, pictures, pipeline
 from guided_distill.errors import UserError
+from guided_distill.evaluation.image_files import read_picture
 from guided_distill.files import write_whole
 from guided_distill.text import hashed_words
 
 
-def sample(config, workdir, *, num_steps, series, w, labels, num, seed, out, captions=None):
+@dataclasses.dataclass(frozen=True)
+class From:
+    """What to go out from in place of noise alone, and where to: flags of the same names."""
+
+    image: str | None = None  # a picture to make others of
+    start: int | None = None  # evaluations from it, 1 ... num_steps: the fewer, the more is kept; all by default
+    mask: str | None = None  # a picture of its size: white is made anew, black is kept
+    to_seed: int | None = None  # one noise to another: image 0 of both seeds, and num - 2 between them
+    to_w: float | None = None  # one strength to another, evenly
+
+
+_NOISE = From()
+
+
+def sample(config, workdir, *, num_steps, series, w, labels, num, seed, out, captions=None, begin=_NOISE):
     """Writes `num` images of the student trained for `num_steps` to `out` (.png: a grid; .npz: x, label, index).
 
     `series` names whose student, the first one trained where None. `labels`: classes, or of a model of captions the
     numbers of `captions`, repeated over the images; None draws them from the seed, and takes given captions in turn.
     Captions are those held out where None. Raises UserError for a number of steps without a finished student, w outside
-    the trained range, labels outside the classes, captions for a model of classes and an `out` of another kind.
+    the trained range, labels outside the classes, captions for a model of classes, an `out` of another kind, and for a
+    picture or mask that is not of the model's size.
     """
     this = pipeline.open_run(config, workdir, create=False)
     stage = _student(this, num_steps, series)
@@ -28,6 +45,10 @@ def sample(config, workdir, *, num_steps, series, w, labels, num, seed, out, cap
         labels = range(len(captions))
     num_labels = this.experiment.data.num_classes if tokens is None else len(tokens)
     _check(stage.w_range, num_labels, w, labels, num, out)
+    edit = _edit(this, stage, begin)
+    strengths, noise = _way(stage, begin, w, seed, num, edit)
+    if labels is None and noise is not None:
+        labels = [0]  # one thing changes at a time
     batch_size = min(this.experiment.evaluate.batch_size, -(-num // this.mesh.size) * this.mesh.size)
     batches = generate.sample_images(
         stage.model,
@@ -36,8 +57,10 @@ def sample(config, workdir, *, num_steps, series, w, labels, num, seed, out, cap
         this.mesh,
         seed=seed,
         num=num,
-        w=w,
+        w=strengths,
         num_steps=num_steps,
+        noise=noise,
+        edit=edit,
         batch_size=batch_size,
         labels=None if labels is None else np.resize(np.asarray(labels, np.int32), num),
         captions=tokens,
@@ -48,17 +71,64 @@ def sample(config, workdir, *, num_steps, series, w, labels, num, seed, out, cap
         return
     try:
         if out.endswith(".png"):
-            pictures.save_png(out, pictures.image_grid(x))
+            pictures.save_png(out, pictures.image_grid(np.concatenate([*_shown(edit), x])))
         else:
             buffer = io.BytesIO()
             np.savez(buffer, x=x, label=label, index=index)
             write_whole(out, buffer.getvalue())
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from error
+    calls = (num_steps if edit is None else edit.start) * stage.model.calls_per_step
+    to = "" if begin.to_w is None else f" ... {begin.to_w:g}"
     print(
-        f"{num} samples, {num_steps * stage.model.calls_per_step} network evaluations each, w = {w:g}: {out}",
+        f"{num} samples, {calls} network evaluations each, w = {w:g}{to}: {out}",
         file=sys.stderr,
     )
+
+
+def _way(stage, begin, w, seed, num, edit):
+    """(the strengths of the images, what makes their noise or None) on the way that the flags name."""
+    strengths, to_seed = w, begin.to_seed
+    if begin.to_w is not None:
+        _check_w(stage.w_range, "--to_w", begin.to_w)
+        strengths = np.linspace(w, begin.to_w, num, dtype=np.float32)
+        to_seed = seed if to_seed is None and edit is None else to_seed
+    return strengths, None if to_seed is None else generate.noise_between(stage.model, seed, to_seed, num)
+
+
+def _edit(this, stage, begin):
+    """The picture and mask that the flags name, as a generate.Edit; None where there are none."""
+    if begin.image is None:
+        if begin.mask is not None or begin.start is not None:
+            raise UserError("--mask and --start say what to make of a picture: name it by --image")
+        return None
+    if stage.sampler != "deterministic":
+        raise UserError(f"--image: student {stage.name} draws noise at every step; take one of --series=det")
+    if begin.to_seed is not None:
+        raise UserError("--image and --to_seed: a picture is diffused with the noise of --seed; leave one of them out")
+    start, shape = stage.num_steps if begin.start is None else begin.start, this.experiment.data.sample_shape
+    if not 1 <= start <= stage.num_steps:
+        raise UserError(f"--start={start}: the student takes {stage.num_steps} steps, so 1 ... {stage.num_steps}")
+    x, mask = read_picture(begin.image, "--image"), np.ones(shape, np.float32)
+    if x.shape != shape:
+        raise UserError(f"--image={begin.image} is {_times(x.shape)}, the model's pictures are {_times(shape)}")
+    if begin.mask is not None:
+        mask = read_picture(begin.mask, "--mask").mean(-1, keepdims=True)
+        if mask.shape[:-1] != shape[:-1]:
+            raise UserError(f"--mask={begin.mask} is {_times(mask.shape[:-1])}, the picture {_times(shape[:-1])}")
+        mask = np.broadcast_to((mask > 0.0).astype(np.float32), shape)
+    return generate.Edit(x, mask, start)
+
+
+def _shown(edit):
+    """The picture that others are made of, and where there is a mask what is kept of it, the rest grey."""
+    if edit is None:
+        return []
+    return [edit.x[None]] + [(edit.x * (1.0 - edit.mask))[None]] * bool(edit.mask.min() < 1.0)
+
+
+def _times(shape):
+    return "x".join(map(str, shape))
 
 
 def _tokens(this, captions):
@@ -88,9 +158,7 @@ def _student(this, num_steps, series):
 
 
 def _check(w_range, num_labels, w, labels, num, out):
-    low, high = w_range
-    if not low <= w <= high:
-        raise UserError(f"--w={w:g} is outside the trained range [{low:g}, {high:g}]")
+    _check_w(w_range, "--w", w)
     for label in labels or ():
         if not 0 <= label < num_labels:
             raise UserError(f"--labels: {label} is outside the classes 0 ... {num_labels - 1}")
@@ -100,3 +168,9 @@ def _check(w_range, num_labels, w, labels, num, out):
         raise UserError(f"--out={out}: must end in .png (a grid) or .npz (arrays)")
     if not epath.Path(out).parent.exists():
         raise UserError(f"--out={out}: there is no directory {epath.Path(out).parent}")
+
+
+def _check_w(w_range, flag, w):
+    low, high = w_range
+    if not low <= w <= high:
+        raise UserError(f"{flag}={w:g} is outside the trained range [{low:g}, {high:g}]")

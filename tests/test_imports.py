@@ -42,6 +42,7 @@ LEVEL = {
     "evaluation": 4,
     "interop": 4,
     "experiment": 5,
+    "editing": 4,
     "generate": 5,
     "prepare_data": 5,
     "train": 5,

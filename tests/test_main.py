@@ -90,6 +90,59 @@ def test_sample_writes_a_grid_or_arrays(finished, tmp_path):
     assert samples["x"].shape == (6, 8, 8, 1) and list(samples["label"]) == [3, 7, 3, 7, 3, 7]
 
 
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    """A picture of the model's size, and a mask whose right half is white."""
+    directory = tmp_path_factory.mktemp("pictures")
+    Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(directory / "image.png")
+    Image.fromarray(np.tile(np.repeat([0, 255], 4).astype(np.uint8), (8, 1))).save(directory / "mask.png")
+    Image.new("L", (9, 8)).save(directory / "wide.png")
+    return directory
+
+
+def test_sample_makes_others_of_a_picture_and_keeps_what_is_masked(finished, picture, tmp_path):
+    flags = [*TINY, f"--workdir={finished}", "--mode=sample", "--num_steps=2", f"--image={picture / 'image.png'}"]
+    for name in ("grid.png", "samples.npz"):
+        done = call_fork(*flags, f"--mask={picture / 'mask.png'}", "--start=1", "--num=3", f"--out={tmp_path / name}")
+        assert done.returncode == 0 and "1 network evaluations each" in done.stderr, done.stderr
+    x = np.load(tmp_path / "samples.npz")["x"]
+    image = np.arange(64, dtype=np.float32).reshape(8, 8, 1) / 127.5 - 1.0
+    assert (x[:, :, :4] == image[:, :4]).all() and (x[:, :, 4:] != image[:, 4:]).any()
+    with Image.open(tmp_path / "grid.png") as grid:  # the picture, what is kept of it, and three others
+        assert grid.size == (3 * 44 + 4, 2 * 44 + 4)
+
+
+def test_sample_goes_from_one_strength_and_noise_to_another(finished, tmp_path):
+    flags = [*TINY, f"--workdir={finished}", "--mode=sample", "--num_steps=2", f"--out={tmp_path / 'x.npz'}"]
+    done = call_fork(*flags, "--num=5", "--w=0", "--to_w=4", "--to_seed=1")
+    assert done.returncode == 0 and "w = 0 ... 4" in done.stderr, done.stderr
+    way = np.load(tmp_path / "x.npz")
+    assert set(way["label"]) == {0}
+    for seed, w, place in ((0, 0, 0), (1, 4, 4)):
+        done = call_fork(*flags, "--num=1", f"--seed={seed}", f"--w={w}", "--labels=0")
+        assert done.returncode == 0, done.stderr
+        np.testing.assert_allclose(np.load(tmp_path / "x.npz")["x"][0], way["x"][place], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--image={}/nothing.png"], "nothing.png: no such file"),
+        (["--image={}/wide.png"], "wide.png is 8x9x1, the model's pictures are 8x8x1"),
+        (["--image={}/image.png", "--mask={}/wide.png"], "wide.png is 8x9, the picture 8x8"),
+        (["--image={}/image.png", "--start=3"], "--start=3: the student takes 2 steps"),
+        (["--image={}/image.png", "--to_seed=3"], "--image and --to_seed"),
+        (["--mask={}/mask.png"], "name it by --image"),
+        (["--to_w=9"], "--to_w=9 is outside the trained range"),
+        (["--caption=a cat"], "--caption is for a model of captions"),
+    ],
+)
+def test_a_mistake_in_editing_gets_one_line(finished, picture, flags, says):
+    flags = [flag.format(picture) for flag in flags]
+    done = call_fork(*TINY, f"--workdir={finished}", "--mode=sample", "--num_steps=2", *flags)
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_the_default_workdir_is_runs_and_the_stem_of_the_config(finished, tmp_path):
     import shutil
 

@@ -1,7 +1,8 @@
 """Whether pictures show what their captions say, told by the captions of the real pictures they are nearest to."""
 
 import numpy as np
-from scipy.spatial.distance import cdist
+
+from guided_distill.evaluation.neighbours import nearest
 
 NEAREST = 5
 
@@ -15,8 +16,8 @@ def retrieval(features, tokens, real_features, real_tokens, *, end) -> float:
     """
     alike = _likeness(tokens, real_tokens, end)
     best = alike.max(1)
-    nearest = np.argsort(cdist(features, real_features, "sqeuclidean"), axis=1, kind="stable")[:, :NEAREST]
-    hit = (np.take_along_axis(alike, nearest, 1) == best[:, None]).any(1)
+    near = np.take_along_axis(alike, nearest(features, real_features, NEAREST), 1)
+    hit = (near == best[:, None]).any(1)
     return float(hit[best > 0].mean()) if (best > 0).any() else 0.0
 
 

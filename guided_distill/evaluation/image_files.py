@@ -117,6 +117,13 @@ def _read(file):
         raise UserError(f"{file} cannot be read as a picture ({error}); remove it, or write it anew") from error
 
 
+def read_picture(path, flag):
+    """A picture file as f32[H,W,C] in [-1, 1]. Raises UserError that names the flag it came by, or the file."""
+    if not epath.Path(path).is_file():
+        raise UserError(f"{flag}={path}: no such file")
+    return _scaled(_read(epath.Path(path)))
+
+
 def _scaled(images):
     x = images.astype(np.float32)
     return x / 127.5 - 1.0 if images.dtype == np.uint8 else x

@@ -61,6 +61,15 @@ def compare(samples: np.ndarray, reference: Neighbourhood) -> dict[str, float]:
     }
 
 
+def nearest(samples: np.ndarray, features: np.ndarray, k: int) -> np.ndarray:
+    """The places i64[n,k] of the k nearest among features [m,D] of each of samples [n,D], the nearest first."""
+    centre, found = _centre(features), np.empty((len(samples), min(k, len(features))), int)
+    for rows in _blocks(samples, len(features)):
+        squares = _squared_distances(samples[rows], features, centre)
+        found[rows] = np.argsort(squares, axis=1, kind="stable")[:, :k]
+    return found
+
+
 def _centre(features):
     return features.mean(0, dtype=np.float64)
 
