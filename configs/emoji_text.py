@@ -30,8 +30,8 @@ def get_config():
         teacher_steps=32, updates=250, final_num_steps=(1, 2, 4), final_updates=400, batch_size=32, learning_rate=6e-4
     )
     config.evaluate.update(
-        num_samples=573,
-        batch_size=191,
+        num_samples=576,
+        batch_size=192,
         w=(0.0, 2.0, 4.0, 8.0),
         num_steps=(1, 2, 4, 8),
         features=("efficientnet_lite0",),

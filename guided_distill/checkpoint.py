@@ -7,7 +7,6 @@ import logging
 import time
 import zlib
 
-import absl.logging
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
@@ -18,20 +17,6 @@ from guided_distill.files import absolute, in_bucket, write_whole
 
 _log = logging.getLogger(__name__)
 COMPLETE = "STAGE_COMPLETE"
-
-_SMALLEST_PART = 1 << 20  # bytes
-
-
-def _write_small_arrays_whole():
-    """Orbax lets each device write a part of what all hold; cutting takes a millisecond, too much for a small part."""
-    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SMALLEST_PART)
-    level = absl.logging.get_verbosity()
-    absl.logging.set_verbosity(absl.logging.ERROR)  # it warns that it does as it is told
-    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
-    absl.logging.set_verbosity(level)
-
-
-_write_small_arrays_whole()
 
 
 @dataclasses.dataclass(frozen=True)

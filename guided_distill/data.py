@@ -116,7 +116,11 @@ class Rows:
         return len(self.indices)
 
     def __getitem__(self, i: int) -> dict:
-        return self.source[int(self.indices[i])]
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        """The records `indices` in one read of the source."""
+        return self.source.__getitems__([int(self.indices[i]) for i in indices])
 
 
 def load_dataset(config: DataConfig) -> Dataset:
@@ -126,6 +130,8 @@ def load_dataset(config: DataConfig) -> Dataset:
     for a set or package that is missing, TFRecord files, an unknown split, and images or labels unlike the config's.
     """
     if config.name in SMALL_SETS or is_factory(config.name):
+        if config.holdout:
+            raise UserError(f"data.holdout: {config.name!r} brings a test split of its own; leave holdout at 0")
         splits = _load_small(config) if config.name in SMALL_SETS else _load_own(config)
         train, test = (splits[_known_split(config, key)] for key in ("train_split", "test_split"))
     elif config.holdout:
@@ -171,6 +177,13 @@ def read_records(source, indices) -> dict:
     """The records `indices`, in that order and without augmentation, as make_batches gives them."""
     indices = np.asarray(indices)
     return _read(source, indices, np.zeros(len(indices), bool))
+
+
+def read_tokens(source) -> np.ndarray:
+    """The tokens i32 [N, L] of all captions of a source, its pictures left alone where they are in memory."""
+    if isinstance(source, ArraySource):
+        return source.tokens
+    return np.stack([source[i]["tokens"] for i in range(len(source))])
 
 
 def read_range(source, start: int, stop: int) -> dict:

@@ -14,7 +14,7 @@ def edit(denoiser, grid, x, eps, cond, num_steps, start, mask, *, prior_std=1.0,
     """Pictures like x [B, *S] where mask [B, *S or broadcast] is 1, and x itself where it is 0, in `start` evaluations.
 
     x is diffused to t = start/N with the noise eps [B, *S] and led back from there (SDEdit, arXiv 2108.01073,
-    algorithm 1, by DDIM): the smaller `start` <= N = `num_steps` is, the more of x is kept; from start = N nothing is.
+    algorithm 1, by DDIM): the smaller `start` <= N = `num_steps` is, the more of x is kept there; from N on nothing is.
     What the mask holds is put back at every step as diffused with the same noise (arXiv 2201.09865, eq. 8, without its
     resampling), so that the network sees what is around the hole. `start` and N may be traced; N divides the grid.
     `prior_std` is that of the noise a model starts from.
@@ -40,16 +40,9 @@ def edit(denoiser, grid, x, eps, cond, num_steps, start, mask, *, prior_std=1.0,
 
 
 def between(z, z_to, share):
-    """The noise at `share` [B] of the way from z to z_to, [B, *S] each, on the great circle through both.
+    """The noise at `share` [B] of the way from z to z_to, [B, *S] each: cos(pi share / 2) z + sin(pi share / 2) z_to.
 
-    Of two independent noises every such point is as likely as they are, which the straight line between them is not.
+    Of two independent normal noises it is one itself at every share, which a mean of them is not.
     """
-    axes = tuple(range(1, z.ndim))
-    norms = [jnp.sqrt(jnp.square(end).sum(axes)) for end in (z, z_to)]
-    angle = jnp.arccos(jnp.clip((z * z_to).sum(axes) / (norms[0] * norms[1]), -1.0, 1.0))
-    # At an angle of nought the straight line is the circle.
-    weights = [
-        jnp.where(angle > 1e-4, jnp.sin(part * angle) / jnp.sin(jnp.maximum(angle, 1e-4)), part)
-        for part in (1.0 - share, share)
-    ]
-    return diffusion.diffuse(z, z_to, *weights)
+    quarter = 0.5 * jnp.pi * share
+    return diffusion.diffuse(z, z_to, jnp.cos(quarter), jnp.sin(quarter))

@@ -12,12 +12,12 @@ import numpy as np
 from rich.table import Table
 
 from guided_distill import distributed, pictures
-from guided_distill.data import read_records
+from guided_distill.data import read_tokens
 from guided_distill.errors import UserError
 from guided_distill.evaluation import captions, pixels
 from guided_distill.evaluation.measure import name_of
 from guided_distill.evaluation.samples import Samples, collect
-from guided_distill.evaluation.yardstick import features_of, make_yardsticks, measure_by, provenance_of
+from guided_distill.evaluation.yardstick import features_of, kept_rows, make_yardsticks, measure_by, provenance_of
 from guided_distill.files import write_whole
 from guided_distill.generate import sample_images
 from guided_distill.surface import make_entries, work
@@ -94,6 +94,7 @@ def _directory(run):
 def _measured(run, entries, rows, yardsticks, progress):
     """Yields (entry, w, row) of all models; a row that `rows` holds is not measured again."""
     config, loaded, warm = run.experiment.evaluate, (None, None), set()
+    found_again = _make_retrieval(run, yardsticks)
     reference = next(entry for entry in entries if entry.reference)
     for entry in entries:
         for w in entry.strengths(config):
@@ -108,7 +109,7 @@ def _measured(run, entries, rows, yardsticks, progress):
                     warm.add((entry.stage.model, entry.sampler))
                     progress.begin()
                 asked = _reference_images(run, reference, w) if entry.keeps_the_map and entry != reference else None
-                row = _measure_row(run, entry, loaded[1], w, yardsticks, asked, progress)
+                row = _measure_row(run, entry, loaded[1], w, yardsticks, asked, found_again, progress)
             yield entry, w, row
 
 
@@ -125,6 +126,7 @@ def _drawn(run, entry, params, w, *, num, num_steps):
         w=w,
         num_steps=num_steps,
         batch_size=config.batch_size,
+        labels=None if run.captions is None else np.arange(num) % len(run.captions),
         captions=run.captions,
         sampler=entry.sampler,
     )
@@ -144,7 +146,7 @@ def _reference_images(run, reference, w):
     return _keep_images(run, path, np.concatenate([x for _, _, x, _ in batches]))
 
 
-def _measure_row(run, entry, params, w, yardsticks, asked, progress):
+def _measure_row(run, entry, params, w, yardsticks, asked, found_again, progress):
     """Draws the samples of one row, measures them, keeps what the pictures show; returns the row."""
     config, bound = run.experiment.evaluate, entry.stage.model.data_range
     kept, seconds, distances = [], [], []
@@ -165,27 +167,32 @@ def _measure_row(run, entry, params, w, yardsticks, asked, progress):
         distances = [np.zeros(len(kept))]
     _keep_pictures(run, entry, w, kept[: _num_shown(run)])
     measured = measure_by(yardsticks, parts, config.seed, f"{entry.label}, w {w:g}")
-    if run.captions is not None:
-        measured["metrics"] |= _of_captions(run, yardsticks, parts)
+    measured["metrics"] |= found_again(parts)
     if distances:
         measured["metrics"]["distance_to_reference"] = float(np.concatenate(distances).mean())
     return _row(run, entry, w, float(np.mean(seconds)), measured, yardsticks)
 
 
-def _of_captions(run, yardsticks, parts):
-    """{"retrieval_<network>": share} of a row's samples, by each network that has features of the real images."""
-    end, train, metrics = end_of_text(run.experiment.data.vocabulary), run.dataset.train, {}
-    for yardstick, batches in zip(yardsticks, parts, strict=True):
-        if (near := yardstick.reference.neighbours) is not None:
-            samples, rows = collect(batches), np.linspace(0, len(train) - 1, len(near.features)).astype(int)
-            metrics[f"retrieval_{yardstick.network.name}"] = captions.retrieval(
-                samples.features,
-                run.captions[samples.label],
-                near.features,
-                read_records(train, rows)["tokens"],
-                end=end,
-            )
-    return metrics
+def _make_retrieval(run, yardsticks):
+    """(parts of a row's Samples by yardstick) -> {"retrieval_<network>": share}; nothing where there are no captions.
+
+    Nor by a reference that is given: whose pictures it is of, and in what order, it does not say.
+    """
+    if run.captions is None or run.experiment.evaluate.reference is not None:
+        return lambda parts: {}
+    train = run.dataset.train
+    real_tokens = read_tokens(train)[kept_rows(len(train))]
+    alike = captions.likeness(run.captions, real_tokens, end_of_text(run.experiment.data.vocabulary))
+
+    def found_again(parts):
+        metrics = {}
+        for yardstick, batches in zip(yardsticks, parts, strict=True):
+            samples, real = collect(batches), yardstick.reference.neighbours.features
+            name = f"retrieval_{yardstick.network.name}"
+            metrics[name] = captions.retrieval(samples.features, alike[samples.label], real)
+        return metrics
+
+    return found_again
 
 
 def _num_shown(run):

@@ -12,6 +12,7 @@ from guided_distill.data import DataConfig
 from guided_distill.errors import UserError
 from guided_distill.evaluation.features import NETWORKS
 from guided_distill.models import BACKBONES
+from guided_distill.models.clip import ACTIVATIONS
 from guided_distill.optim import OptimiserConfig
 from guided_distill.samplers import BASELINES
 
@@ -363,16 +364,33 @@ def _check_at_least(experiment):
             raise UserError(f"config.{key} is {value}; it must be at least {bound}")
     if experiment.teacher.num_times is not None and experiment.teacher.num_times < 1:
         raise UserError(f"config.teacher.num_times is {experiment.teacher.num_times}; it must be at least 1")
-    if bool(experiment.data.text_length) != (getattr(experiment.model, "text", None) is not None):
+    _check_captions(experiment)
+    for name in ("w", "num_steps", "features"):
+        if not getattr(experiment.evaluate, name):
+            raise UserError(f"config.evaluate.{name} is empty; name at least one value")
+
+
+def _check_captions(experiment):
+    data, text = experiment.data, getattr(experiment.model, "text", None)
+    for key in ("holdout", "text_length"):
+        if getattr(data, key) == 1:
+            raise UserError(f"config.data.{key} is 1, which leaves nothing; it must be 0, for none, or at least 2")
+    if data.text_length and not hasattr(experiment.model, "text"):
+        raise UserError(f"config.data.text_length is {data.text_length}: of the networks only unet takes captions")
+    if bool(data.text_length) != (text is not None):
         raise UserError(
-            f"config.data.text_length is {experiment.data.text_length}, and config.model.text "
-            f"{'is missing' if experiment.data.text_length else 'is given'}: captions need both"
+            f"config.data.text_length is {data.text_length}, and config.model.text "
+            f"{'is missing' if text is None else 'is given'}: captions need both"
         )
-    if experiment.data.text_length and "classifier" in experiment.evaluate.features:
+    if text is None:
+        return
+    if "classifier" in experiment.evaluate.features:
         raise UserError(
             "config.evaluate.features holds 'classifier', which tells labels apart; pictures of captions are measured "
             "by efficientnet_lite0 or inception_v3"
         )
-    for name in ("w", "num_steps", "features"):
-        if not getattr(experiment.evaluate, name):
-            raise UserError(f"config.evaluate.{name} is empty; name at least one value")
+    if text.activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise UserError(f"config.model.text.activation is {text.activation!r}; it must be one of {known}")
+    if text.heads < 1 or text.width % text.heads:
+        raise UserError(f"config.model.text: width {text.width} does not divide by heads {text.heads}")

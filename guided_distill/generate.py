@@ -54,13 +54,16 @@ def compiled_edit(model, mesh):
 
 
 def noise_between(model, seed, to_seed, num):
-    """Index [b] -> z [b, *S]: noises on the way from image 0 of one seed to image 0 of another, `num` in all."""
+    """Index [b] -> z [b, *S]: noises on the way from image 0 of one seed to image 0 of another, `num` in all.
+
+    Of one seed all are the same.
+    """
 
     def noise(index):
-        ends = (
-            samplers.initial_noise(samplers.image_keys(s, jnp.zeros(len(index), jnp.int32)), model.sample_shape)
-            for s in (seed, to_seed)
-        )
+        first = jnp.zeros(len(index), jnp.int32)
+        ends = [samplers.initial_noise(samplers.image_keys(s, first), model.sample_shape) for s in (seed, to_seed)]
+        if seed == to_seed:
+            return model.schedule.prior_std * ends[0]
         share = jnp.minimum(jnp.asarray(index), num - 1) / max(num - 1, 1)
         return model.schedule.prior_std * editing.between(*ends, share)
 

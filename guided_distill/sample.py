@@ -12,7 +12,7 @@ from guided_distill import generate, pictures, pipeline
 from guided_distill.errors import UserError
 from guided_distill.evaluation.image_files import read_picture
 from guided_distill.files import write_whole
-from guided_distill.text import hashed_words
+from guided_distill.text import hashed_words, words_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,10 @@ def sample(config, workdir, *, num_steps, series, w, labels, num, seed, out, cap
         labels = range(len(captions))
     num_labels = this.experiment.data.num_classes if tokens is None else len(tokens)
     _check(stage.w_range, num_labels, w, labels, num, out)
+    if begin != _NOISE and stage.sampler != "deterministic":
+        raise UserError(f"student {stage.name} draws noise at every step, and goes out from nothing else: --series=det")
     edit = _edit(this, stage, begin)
-    strengths, noise = _way(stage, begin, w, seed, num, edit)
+    strengths, noise = _way(stage, begin, w, seed, num)
     if labels is None and noise is not None:
         labels = [0]  # one thing changes at a time
     batch_size = min(this.experiment.evaluate.batch_size, -(-num // this.mesh.size) * this.mesh.size)
@@ -86,13 +88,13 @@ def sample(config, workdir, *, num_steps, series, w, labels, num, seed, out, cap
     )
 
 
-def _way(stage, begin, w, seed, num, edit):
+def _way(stage, begin, w, seed, num):
     """(the strengths of the images, what makes their noise or None) on the way that the flags name."""
     strengths, to_seed = w, begin.to_seed
     if begin.to_w is not None:
         _check_w(stage.w_range, "--to_w", begin.to_w)
         strengths = np.linspace(w, begin.to_w, num, dtype=np.float32)
-        to_seed = seed if to_seed is None and edit is None else to_seed
+        to_seed = seed if to_seed is None else to_seed
     return strengths, None if to_seed is None else generate.noise_between(stage.model, seed, to_seed, num)
 
 
@@ -102,20 +104,23 @@ def _edit(this, stage, begin):
         if begin.mask is not None or begin.start is not None:
             raise UserError("--mask and --start say what to make of a picture: name it by --image")
         return None
-    if stage.sampler != "deterministic":
-        raise UserError(f"--image: student {stage.name} draws noise at every step; take one of --series=det")
-    if begin.to_seed is not None:
-        raise UserError("--image and --to_seed: a picture is diffused with the noise of --seed; leave one of them out")
+    if begin.to_seed is not None or begin.to_w is not None:
+        raise UserError("--image goes with --start and --mask, and not with --to_seed or --to_w: leave one of them out")
     start, shape = stage.num_steps if begin.start is None else begin.start, this.experiment.data.sample_shape
     if not 1 <= start <= stage.num_steps:
         raise UserError(f"--start={start}: the student takes {stage.num_steps} steps, so 1 ... {stage.num_steps}")
     x, mask = read_picture(begin.image, "--image"), np.ones(shape, np.float32)
     if x.shape != shape:
-        raise UserError(f"--image={begin.image} is {_times(x.shape)}, the model's pictures are {_times(shape)}")
+        raise UserError(
+            f"--image={begin.image} is {_times(x.shape)}, the model's pictures are {_times(shape)}: "
+            "resize it, or save it in as many channels"
+        )
     if begin.mask is not None:
         mask = read_picture(begin.mask, "--mask").mean(-1, keepdims=True)
         if mask.shape[:-1] != shape[:-1]:
             raise UserError(f"--mask={begin.mask} is {_times(mask.shape[:-1])}, the picture {_times(shape[:-1])}")
+        if not (mask > 0.0).any():
+            raise UserError(f"--mask={begin.mask} holds nothing white: there is nothing to make anew")
         mask = np.broadcast_to((mask > 0.0).astype(np.float32), shape)
     return generate.Edit(x, mask, start)
 
@@ -137,6 +142,12 @@ def _tokens(this, captions):
         return this.captions
     if not data.text_length:
         raise UserError("--caption is for a model of captions; this one is of classes, see --labels")
+    for caption in captions:
+        if len(words_of(caption)) >= data.text_length:
+            raise UserError(
+                f"--caption={caption[:40]!r} has {len(words_of(caption))} words; the model takes "
+                f"{data.text_length - 1}: shorten it"
+            )
     return hashed_words(captions, length=data.text_length, vocabulary=data.vocabulary)
 
 

@@ -1,17 +1,23 @@
 """Captions as tokens for a text encoder that is trained with its network, from nothing but the words themselves."""
 
 import re
+import unicodedata
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
 
-_WORDS = re.compile(r"[^\W_]+|[^\w\s]")  # runs of letters and digits, and each other sign by itself
+_WORDS = re.compile(r"[^\W_]+|[^\w\s]|_")  # runs of letters and digits, and each other sign by itself
 
 
 def end_of_text(vocabulary: int) -> int:
     """The token behind the last word, and everywhere after it: the last one, as TextEncoder has it."""
     return vocabulary - 1
+
+
+def words_of(caption: str) -> list[str]:
+    """The words and signs of a caption, in lower case."""
+    return _WORDS.findall(unicodedata.normalize("NFC", caption).lower())
 
 
 def hashed_words(captions: Sequence[str], *, length: int, vocabulary: int) -> np.ndarray:
@@ -22,6 +28,6 @@ def hashed_words(captions: Sequence[str], *, length: int, vocabulary: int) -> np
     """
     rows = np.full((len(captions), length), end_of_text(vocabulary), np.int32)
     for row, caption in zip(rows, captions, strict=True):
-        words = _WORDS.findall(caption.lower())[: length - 1]
+        words = words_of(caption)[: length - 1]
         row[: len(words)] = [zlib.crc32(word.encode()) % (vocabulary - 1) for word in words]
     return rows

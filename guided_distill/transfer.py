@@ -80,6 +80,8 @@ def _check(source, other, w):
                 raise UserError(f"{run.workdir} has no student stage2_det_{num_steps:04d} to decode with")
     if source.stages[0].model.schedule != other.stages[0].model.schedule:
         raise UserError(f"--target={other.workdir}: its schedule is not the source's; they have no noise in common")
+    if ours.data.text_length or theirs.data.text_length:
+        raise UserError("--mode=transfer: captions cannot be transferred yet; both runs must be of classes")
     for what in ("sample_shape", "num_classes"):
         if getattr(ours.data, what) != getattr(theirs.data, what):
             raise UserError(

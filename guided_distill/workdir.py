@@ -8,7 +8,7 @@ from typing import Any
 
 from guided_distill import diffusion, distributed, guidance, sharding
 from guided_distill.checkpoint import find_stage, is_complete, load_eval_params
-from guided_distill.data import load_dataset, read_range
+from guided_distill.data import load_dataset, read_tokens
 from guided_distill.differences import differing_keys
 from guided_distill.errors import Fault, UserError
 from guided_distill.experiment import Experiment, from_config
@@ -41,8 +41,7 @@ class Run:
         """Tokens i32 [C, L] of the captions held out, which models are looked at with; None of a set without any."""
         if not self.experiment.data.text_length:
             return None
-        test = self.dataset.test
-        return read_range(test, 0, len(test))["tokens"]
+        return read_tokens(self.dataset.test)
 
     @property
     def is_main(self):

@@ -1,6 +1,7 @@
 """Commands in forks of one process that has imported everything already: a second each, in place of ten.
 
-Each begins as a process of its own would, before JAX has made its devices, and ends with its own exit code.
+Each begins before JAX has made its devices, with an environment of its own, and ends with its own exit code. What
+importing does, and what JAX reads of the environment when it is imported, is that of the process they are forks of.
 """
 
 import multiprocessing

@@ -1,13 +1,15 @@
 """Captions as conditions: their tokens, guidance away from no caption, and whether pictures show what they say."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from captioned import captioned_config
 
-from guided_distill import pipeline, sample
-from guided_distill.data import load_dataset, make_batches, read_range
+from guided_distill import data, pipeline, sample
+from guided_distill.data import load_dataset, make_batches, read_range, read_tokens
 from guided_distill.errors import UserError
 from guided_distill.evaluation import captions, features, yardstick
 from guided_distill.experiment import from_config
@@ -100,18 +102,64 @@ def test_captions_that_are_not_there_are_named():
         load_dataset(from_config(config).data)
 
 
+def likeness(ours, theirs):
+    return captions.likeness(*(tokens_of(*texts, length=4, vocabulary=4096) for texts in (ours, theirs)), 4095)
+
+
+def test_captions_are_alike_by_their_words():
+    alike = likeness(["red square", "sky"], ["square red", "red sky", "cat", ""])
+    np.testing.assert_allclose(alike, [[1.0, 1 / 3, 0.0, 0.0], [0.0, 0.5, 0.0, 0.0]])
+
+
 def test_real_pictures_find_their_own_captions():
-    real = np.arange(12.0)[:, None] * 10
-    tokens = tokens_of(*(f"picture {chr(97 + i)}" for i in range(12)), length=4, vocabulary=4096)
-    assert captions.retrieval(real, tokens, real, tokens, end=4095) == 1.0
-    assert captions.retrieval(real[::-1] + 1000.0, tokens, real, tokens, end=4095) == 5 / 12  # the last five are near
+    real, names = np.arange(12.0)[:, None] * 10, [f"picture {chr(97 + i)}" for i in range(12)]
+    alike = likeness(names, names)
+    assert captions.retrieval(real, alike, real) == 1.0
+    assert captions.retrieval(real[::-1] + 1000.0, alike, real) == 5 / 12  # the last five are nearest to all
 
 
 def test_a_caption_unlike_all_is_left_out():
-    real, theirs = np.arange(12.0)[:, None], tokens_of(*["cat"] * 12, length=4, vocabulary=4096)
-    ours = tokens_of("cat", "dog", length=4, vocabulary=4096)
-    assert captions.retrieval(real[:2], ours, real, theirs, end=4095) == 1.0
-    assert captions.retrieval(real[:1], ours[1:], real, theirs, end=4095) == 0.0
+    real, alike = np.arange(12.0)[:, None], likeness(["cat", "dog"], ["cat"] * 12)
+    assert captions.retrieval(real[:2], alike, real) == 1.0
+    assert captions.retrieval(real[:1], alike[1:], real) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("activation", "relu", "config.model.text.activation is 'relu'"),
+        ("heads", 3, "width 16 does not divide by heads 3"),
+    ],
+)
+def test_an_encoder_that_cannot_be_is_named(key, value, says):
+    config = captioned_config()
+    config["model"]["text"][key] = value
+    with pytest.raises(UserError, match=says):
+        from_config(config)
+
+
+@pytest.mark.parametrize("values", [{"data.holdout": 1}, {"data.text_length": 1}])
+def test_what_leaves_nothing_is_named(values):
+    with pytest.raises(UserError, match="is 1, which leaves nothing"):
+        from_config(captioned_config(**values))
+
+
+def test_a_set_with_a_test_split_holds_nothing_out():
+    with pytest.raises(UserError, match="data.holdout"):
+        load_dataset(from_config(captioned_config(**{"data.holdout": 4})).data)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_what_is_held_out_is_not_trained_on(in_memory):
+    source = data.ArraySource(np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1), np.arange(10), np.arange(10)[:, None])
+    if not in_memory:
+        whole, source = source, mock.MagicMock()
+        source.__len__.return_value = 10
+        source.__getitems__ = lambda indices: [whole[i] for i in indices]
+    train, test = data._held_out(source, 4)
+    assert read_tokens(test)[:, 0].tolist() == [0, 4, 8]
+    assert read_tokens(train)[:, 0].tolist() == [1, 2, 3, 5, 6, 7, 9]
+    assert read_range(train, 2, 4)["label"].tolist() == [3, 5]
 
 
 @pytest.fixture
@@ -138,5 +186,7 @@ def test_the_whole_chain(tmp_path, plain_features):
     assert drawn["x"].shape == (4, 8, 8, 3) and drawn["label"].tolist() == [0, 1, 0, 1]
     sample.sample(captioned_config(), tmp_path, **told, labels=None, out=str(out))
     assert np.load(out)["label"].max() < len(read_range(load_dataset(EXPERIMENT.data).test, 0, 8)["tokens"])
+    with pytest.raises(UserError, match="has 6 words; the model takes 4"):
+        sample.sample(captioned_config(), tmp_path, **told, labels=None, captions=["a b c d e f"], out=str(out))
     with pytest.raises(UserError, match="labels: 2 is outside"):
         sample.sample(captioned_config(), tmp_path, **told, labels=[2], captions=["a", "b"], out=str(out))

@@ -17,11 +17,11 @@ TINY = [
     "--config=configs/digits.py",
     *("--config.model.channels=8 --config.model.emb_channels=16 --config.model.multipliers=(1,)".split()),
     *("--config.model.norm_groups=4 --config.model.attention_resolutions=()".split()),
-    *("--config.teacher.updates=24 --config.teacher.batch_size=8 --config.stage1.updates=24".split()),
+    *("--config.teacher.updates=8 --config.teacher.batch_size=8 --config.stage1.updates=8".split()),
     *("--config.stage1.batch_size=8 --config.stage2.batch_size=8 --config.stage2.teacher_steps=4".split()),
-    *("--config.stage2.updates=24 --config.stage2.final_updates=24 --config.evaluate.num_samples=16".split()),
+    *("--config.stage2.updates=8 --config.stage2.final_updates=8 --config.evaluate.num_samples=16".split()),
     *("--config.evaluate.batch_size=16 --config.evaluate.num_steps=(1,2) --config.evaluate.w=(0.,4.)".split()),
-    *("--config.evaluate.classifier_updates=5 --config.log.every=1 --config.checkpoint.every=8".split()),
+    *("--config.evaluate.classifier_updates=5 --config.log.every=1 --config.checkpoint.every=4".split()),
 ]
 
 
@@ -97,6 +97,7 @@ def picture(tmp_path_factory):
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(directory / "image.png")
     Image.fromarray(np.tile(np.repeat([0, 255], 4).astype(np.uint8), (8, 1))).save(directory / "mask.png")
     Image.new("L", (9, 8)).save(directory / "wide.png")
+    Image.new("L", (8, 8)).save(directory / "black.png")
     return directory
 
 
@@ -131,7 +132,8 @@ def test_sample_goes_from_one_strength_and_noise_to_another(finished, tmp_path):
         (["--image={}/wide.png"], "wide.png is 8x9x1, the model's pictures are 8x8x1"),
         (["--image={}/image.png", "--mask={}/wide.png"], "wide.png is 8x9, the picture 8x8"),
         (["--image={}/image.png", "--start=3"], "--start=3: the student takes 2 steps"),
-        (["--image={}/image.png", "--to_seed=3"], "--image and --to_seed"),
+        (["--image={}/image.png", "--to_seed=3"], "--image goes with --start and --mask"),
+        (["--image={}/image.png", "--mask={}/black.png"], "holds nothing white"),
         (["--mask={}/mask.png"], "name it by --image"),
         (["--to_w=9"], "--to_w=9 is outside the trained range"),
         (["--caption=a cat"], "--caption is for a model of captions"),
@@ -213,6 +215,7 @@ def test_summary_is_json_all_tools_can_read(finished):
     assert json.loads((finished / "summary.json").read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_a_second_start_finds_its_programs_compiled(finished, tmp_path):
     line, options = command(*TINY, f"--workdir={finished}", "--mode=sample", "--num_steps=2", f"--out={tmp_path}/x.png")
     ours = {"XDG_CACHE_HOME": str(tmp_path), "JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}

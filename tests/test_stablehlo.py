@@ -17,7 +17,6 @@ from guided_distill.export import stablehlo, verify
 
 WHAT = [
     pytest.param("unet", "det", marks=pytest.mark.slow),
-    pytest.param("dit", "det", marks=pytest.mark.slow),
     ("mlp", "det"),
     ("mlp", "sto"),
     ("mlp", "teacher"),

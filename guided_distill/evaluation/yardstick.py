@@ -118,6 +118,11 @@ def measure_by(yardsticks, parts, seed, what):
     }
 
 
+def kept_rows(count):
+    """The places of those real images, of `count`, whose features are kept."""
+    return np.linspace(0, count - 1, min(count, _NEIGHBOURS)).astype(int)
+
+
 def _of(network, data):
     resolution = "x".join(map(str, data.sample_shape))
     return {
@@ -146,7 +151,7 @@ def _own_reference(network, data, dataset, directory, mesh, say):
 def _reference_of(network, images, mesh, texts):
     """Streams the images through the network: moments of all of them, the features of some at even distances."""
     count = len(images)
-    kept = np.linspace(0, count - 1, min(count, _NEIGHBOURS)).astype(int)
+    kept = kept_rows(count)
     half = np.random.default_rng(0).permutation(count) % 2  # that an image is in, for the noise floor
     halves, rows = [None, None], []
     for start in range(0, count, _CHUNK):
@@ -168,8 +173,13 @@ def _reference_of(network, images, mesh, texts):
 def _own_classifier(experiment, dataset, directory, say):
     """The classifier of the data set and its accuracy on the test split, trained where it is not there yet."""
     config, path = experiment.evaluate, directory / "classifier.safetensors"
+    data = dataclasses.asdict(dataclasses.replace(experiment.data, data_dir=None))
+    if not data["holdout"]:
+        del data["holdout"]
+    for key in ("text_length", "vocabulary"):  # the classifier tells labels apart, and sees no captions
+        del data[key]
     made_with = {
-        "data": dataclasses.asdict(dataclasses.replace(experiment.data, data_dir=None)),
+        "data": data,
         "seed": config.seed,
         "updates": config.classifier_updates,
     }
