@@ -65,7 +65,7 @@ test-parity:
 	@echo 'tests/parity holds no test yet'
 else
 test-parity: .venv/parity
-	$(BIN)/python -m pytest -q $(PARITY_TESTS)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile $(PARITY_TESTS)
 endif
 
 lint: venv
