@@ -149,7 +149,7 @@ def _make_first_prediction(student, mesh):
 
     def predict(params, grid, captions, w):
         keys = samplers.image_keys(0, jnp.arange(_EXAMPLES))
-        label = samplers.random_labels(keys, student.num_classes if captions is None else len(captions))
+        label = samplers.random_labels(keys, student.num_labels(captions))
         cond = {"label": label, "w": jnp.full(_EXAMPLES, w)}
         if captions is not None:
             cond["tokens"] = captions[label]

@@ -94,13 +94,12 @@ def sample_images(
     `noise`, index [b] -> z [b, *S], stands for the noise of the seed; an `Edit` for starting from noise at all. The
     last batch is computed whole and cut, so that every batch runs the same program.
     """
-    num_labels = model.num_classes if captions is None else len(captions)
     sample = compiled(model.static(), samplers.SAMPLERS[sampler], mesh)
     for start in range(0, num, batch_size):
         index = np.arange(start, start + batch_size)
         keys = samplers.image_keys(seed, jnp.asarray(index))
         label = (
-            samplers.random_labels(keys, num_labels)
+            samplers.random_labels(keys, model.num_labels(captions))
             if labels is None
             else jnp.asarray(np.resize(labels[start:], batch_size))
         )

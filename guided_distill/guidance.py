@@ -108,6 +108,10 @@ class Teacher:
             return self.guided_calls
         return self.members * (1 if self.w_conditioned or self.null_cond is None else 2)
 
+    def num_labels(self, captions):
+        """How many labels there are: classes, or where `captions` [C, L] are given the numbers of those."""
+        return self.num_classes if captions is None else len(captions)
+
     def cond_shapes(self, batch):
         """The cond of `batch` examples, as ShapeDtypeStructs."""
         row = jax.ShapeDtypeStruct((batch,), jnp.float32)

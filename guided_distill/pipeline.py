@@ -192,7 +192,7 @@ def _write_samples(this, stage, writer, state, step):
         num_steps=min(stage.num_steps, 16),
         sampler=stage.sampler,
         batch_size=this.experiment.evaluate.batch_size,
-        labels=np.arange(_GRID_IMAGES) % (stage.model.num_classes if this.captions is None else len(this.captions)),
+        labels=np.arange(_GRID_IMAGES) % stage.model.num_labels(this.captions),
         captions=this.captions,
     )
     picture = pictures.image_grid(np.concatenate([x for _, _, x in batches]))

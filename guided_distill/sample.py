@@ -43,8 +43,7 @@ def sample(config, workdir, *, num_steps, series, w, labels, num, seed, out, cap
     tokens = _tokens(this, captions)
     if captions is not None and labels is None:
         labels = range(len(captions))
-    num_labels = this.experiment.data.num_classes if tokens is None else len(tokens)
-    _check(stage.w_range, num_labels, w, labels, num, out)
+    _check(stage.w_range, stage.model.num_labels(tokens), w, labels, num, out)
     if begin != _NOISE and stage.sampler != "deterministic":
         raise UserError(f"student {stage.name} draws noise at every step, and goes out from nothing else: --series=det")
     edit = _edit(this, stage, begin)
