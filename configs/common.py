@@ -42,6 +42,7 @@ def get_config():
     config.parameterisation = "v"
     config.weighting = "snr_trunc"
     config.clip_targets = False
+    config.latent_model = config_dict.placeholder(str)
 
     config.teacher = _training(updates=500_000, learning_rate=2e-4, warmup=1000, ema=0.9999)
     config.teacher.checkpoint = config_dict.placeholder(str)
@@ -87,6 +88,8 @@ def get_config():
     config.evaluate.baselines = ()
     config.evaluate.features = ("classifier",)
     config.evaluate.reference = config_dict.placeholder(str)
+    config.evaluate.captions = config_dict.placeholder(str)
+    config.evaluate.clip = config_dict.placeholder(str)
     config.evaluate.seed = 0
 
     config.log = ml_collections.ConfigDict({"every": 100, "sample_every": 10_000})
@@ -97,6 +100,21 @@ def get_config():
 def use_mlp(config, **values):
     """Replaces the network of a config by an MLP, for samples that are no images."""
     config.model = ml_collections.ConfigDict({"name": "mlp", "dtype": "float32", **values})
+
+
+def use_sd_unet(config, **values):
+    """Replaces the network of a config by the U-Net of latent diffusion, and its schedule by the betas it was made for.
+
+    What is not named is Stable Diffusion 1's. The teacher predicts eps.
+    """
+    betas = values.get("betas", (0.00085, 0.012))
+    config.model = ml_collections.ConfigDict({"name": "sd_unet", "dtype": "bfloat16", "remat": True, **values})
+    config.schedule = ml_collections.ConfigDict(
+        {"name": "discrete_betas", "beta_start": betas[0], "beta_end": betas[1], "num_betas": 1000}
+    )
+    config.parameterisation = "eps"
+    config.teacher.num_times = 1000
+    config.teacher_dtype = "bfloat16"
 
 
 def _training(**values):

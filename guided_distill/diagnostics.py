@@ -11,6 +11,7 @@ import numpy as np
 
 from guided_distill import compilation, diffusion, samplers, sharding
 from guided_distill.data import read_records
+from guided_distill.generate import cond_of
 from guided_distill.objectives import draws, stage2
 
 _EXAMPLES = 64
@@ -137,22 +138,21 @@ def _smoothness(run, stage, params):
     if low == high:
         return 0.0
     predict = _make_first_prediction(stage.model, run.mesh)
-    captions = None if run.captions is None else sharding.replicate(run.mesh, run.captions)
-    x = np.stack([predict(params, run.grid, captions, jnp.float32(w)) for w in np.linspace(low, high, _STRENGTHS)])
+    keys = samplers.image_keys(0, jnp.arange(_EXAMPLES))
+    label = np.asarray(samplers.random_labels(keys, stage.model.num_labels(run.conditions)))
+    cond = sharding.replicate(run.mesh, cond_of(label, run.conditions))
+    x = np.stack([predict(params, run.grid, cond, jnp.float32(w)) for w in np.linspace(low, high, _STRENGTHS)])
     first = np.diff(x, axis=0)
     return float(np.sqrt(np.mean(np.diff(first, axis=0) ** 2) / max(np.mean(first**2), 1e-12)))
 
 
 @functools.cache
 def _make_first_prediction(student, mesh):
-    """(params, grid, captions or None, w) -> x_hat at t = 1 of a few images, jitted."""
+    """(params, grid, cond without w, w) -> x_hat at t = 1 of a few images, jitted."""
 
-    def predict(params, grid, captions, w):
+    def predict(params, grid, cond, w):
         keys = samplers.image_keys(0, jnp.arange(_EXAMPLES))
-        label = samplers.random_labels(keys, student.num_labels(captions))
-        cond = {"label": label, "w": jnp.full(_EXAMPLES, w)}
-        if captions is not None:
-            cond["tokens"] = captions[label]
+        cond = {**cond, "w": jnp.full(_EXAMPLES, w)}
         z = samplers.initial_noise(keys, student.sample_shape, student.schedule.prior_std)
         denoiser = student.denoiser(sharding.gathered(mesh, params))
         return samplers.predict(denoiser, z, grid.at(grid.num_intervals), cond).x

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import math
 import os
 import platform
 import time
@@ -15,6 +16,7 @@ from guided_distill import distributed, pictures
 from guided_distill.data import read_tokens
 from guided_distill.errors import UserError
 from guided_distill.evaluation import captions, pixels
+from guided_distill.evaluation.clip_scores import make_scorer
 from guided_distill.evaluation.measure import name_of
 from guided_distill.evaluation.samples import Samples, collect
 from guided_distill.evaluation.yardstick import features_of, kept_rows, make_yardsticks, measure_by, provenance_of
@@ -25,7 +27,8 @@ from guided_distill.text import end_of_text
 
 _SHOWN = 10  # samples in a row of the picture,
 _SHOWN_POINTS = 500  # or points in one of its panels
-_COMPARED = 5000  # samples whose distance to the reference teacher's is taken
+_COMPARED = 5000  # samples whose distance to the reference teacher's is taken, at most
+_COMPARED_BYTES = 2**29  # of them on disk
 _ROW_KEY = ("stage", "sampler", "num_steps", "w")
 _SURFACE = ("w", "num_steps")  # of the settings: what adds rows and changes none
 
@@ -38,7 +41,9 @@ def evaluate(run, progress):
     """
     entries = make_entries(run.experiment, run.stages)
     keys = [entry.key(w) for entry in entries for w in entry.strengths(run.experiment.evaluate)]
-    yardsticks = make_yardsticks(run.experiment, run.dataset, _directory(run), run.mesh, progress.say)
+    data, pictures_of_data = run.pictures
+    of_pictures = dataclasses.replace(run.experiment, data=data)
+    yardsticks = make_yardsticks(of_pictures, pictures_of_data, _directory(run), run.mesh, progress.say)
     provenance = provenance_of(yardsticks)
     found, kept, drawn = distributed.agreed(lambda: _earlier(run, provenance))
     rows = {tuple(row[key] for key in _ROW_KEY): row for row in kept}
@@ -94,7 +99,7 @@ def _directory(run):
 def _measured(run, entries, rows, yardsticks, progress):
     """Yields (entry, w, row) of all models; a row that `rows` holds is not measured again."""
     config, loaded, warm = run.experiment.evaluate, (None, None), set()
-    found_again = _make_retrieval(run, yardsticks)
+    found_again, clip = _make_retrieval(run, yardsticks), _make_clip(run, progress)
     reference = next(entry for entry in entries if entry.reference)
     for entry in entries:
         for w in entry.strengths(config):
@@ -109,12 +114,15 @@ def _measured(run, entries, rows, yardsticks, progress):
                     warm.add((entry.stage.model, entry.sampler))
                     progress.begin()
                 asked = _reference_images(run, reference, w) if entry.keeps_the_map and entry != reference else None
-                row = _measure_row(run, entry, loaded[1], w, yardsticks, asked, found_again, progress)
+                row = _measure_row(run, entry, loaded[1], w, yardsticks, asked, found_again, clip, progress)
             yield entry, w, row
 
 
 def _drawn(run, entry, params, w, *, num, num_steps):
-    """Yields (index, label, x, the seconds an image of the batch took) for images 0 .. num - 1 of the seed."""
+    """Yields (index, label, picture, the seconds an image of the batch took) for images 0 .. num - 1 of the seed.
+
+    Of a latent its decoding is not part of the time: it is the same for all models.
+    """
     config = run.experiment.evaluate
     batches = sample_images(
         entry.stage.model,
@@ -126,13 +134,14 @@ def _drawn(run, entry, params, w, *, num, num_steps):
         w=w,
         num_steps=num_steps,
         batch_size=config.batch_size,
-        labels=None if run.captions is None else np.arange(num) % len(run.captions),
-        captions=run.captions,
+        labels=None if run.conditions is None else np.arange(num) % entry.stage.model.num_labels(run.conditions),
+        conditions=run.conditions,
         sampler=entry.sampler,
     )
     start = time.perf_counter()
     for index, label, x in batches:
-        yield index, label, x, (time.perf_counter() - start) / config.batch_size
+        took = (time.perf_counter() - start) / config.batch_size
+        yield index, label, run.shown(x), took
         start = time.perf_counter()
 
 
@@ -141,22 +150,23 @@ def _reference_images(run, reference, w):
     path = _directory(run) / f"{reference.file(w)}.images.npy"
     if distributed.agreed(path.exists):
         return np.load(path, allow_pickle=False)
-    num = min(run.experiment.evaluate.num_samples, _COMPARED)
+    num = min(run.experiment.evaluate.num_samples, _compared(run))
     batches = _drawn(run, reference, run.params_of(reference.stage), w, num=num, num_steps=reference.num_steps)
     return _keep_images(run, path, np.concatenate([x for _, _, x, _ in batches]))
 
 
-def _measure_row(run, entry, params, w, yardsticks, asked, found_again, progress):
+def _measure_row(run, entry, params, w, yardsticks, asked, found_again, clip, progress):
     """Draws the samples of one row, measures them, keeps what the pictures show; returns the row."""
-    config, bound = run.experiment.evaluate, entry.stage.model.data_range
-    kept, seconds, distances = [], [], []
+    config, bound, compared = run.experiment.evaluate, run.pictures[0].data_range, _compared(run)
+    kept, seconds, distances, clip_scores = [], [], [], []
     parts = [[] for _ in yardsticks]
     for index, label, x, took in _drawn(run, entry, params, w, num=config.num_samples, num_steps=entry.num_steps):
         seconds.append(took)
         figures = {} if bound is None else {"saturation": pixels.saturation(x, bound)}
+        clip_scores.append(clip(x, label))
         for yardstick, batches in zip(yardsticks, parts, strict=True):
             batches.append(Samples(index, *features_of(yardstick.network, x, run.mesh), label, figures))
-        near = index < _COMPARED
+        near = index < compared
         kept.append(x[near] if entry.reference else x[index < _num_shown(run)])
         if asked is not None and near.any():
             distances.append(pixels.distance(x[near], asked[index[near]]))
@@ -168,6 +178,8 @@ def _measure_row(run, entry, params, w, yardsticks, asked, found_again, progress
     _keep_pictures(run, entry, w, kept[: _num_shown(run)])
     measured = measure_by(yardsticks, parts, config.seed, f"{entry.label}, w {w:g}")
     measured["metrics"] |= found_again(parts)
+    if len(scores := np.concatenate(clip_scores)):
+        measured["metrics"]["clip_score"] = float(scores.mean())
     if distances:
         measured["metrics"]["distance_to_reference"] = float(np.concatenate(distances).mean())
     return _row(run, entry, w, float(np.mean(seconds)), measured, yardsticks)
@@ -178,11 +190,11 @@ def _make_retrieval(run, yardsticks):
 
     Nor by a reference that is given: whose pictures it is of, and in what order, it does not say.
     """
-    if run.captions is None or run.experiment.evaluate.reference is not None:
+    if run.conditions is None or "tokens" not in run.conditions or run.experiment.evaluate.reference is not None:
         return lambda parts: {}
     train = run.dataset.train
     real_tokens = read_tokens(train)[kept_rows(len(train))]
-    alike = captions.likeness(run.captions, real_tokens, end_of_text(run.experiment.data.vocabulary))
+    alike = captions.likeness(run.conditions["tokens"], real_tokens, end_of_text(run.experiment.data.vocabulary))
 
     def found_again(parts):
         metrics = {}
@@ -195,8 +207,22 @@ def _make_retrieval(run, yardsticks):
     return found_again
 
 
+def _make_clip(run, progress):
+    """(pictures, labels) -> their CLIP scores; none where config.evaluate.clip names no model."""
+    folder = run.experiment.evaluate.clip
+    if folder is None:
+        return lambda x, label: np.zeros(0)
+    progress.say(f"captions by the CLIP model {folder}")
+    return make_scorer(folder, run.captions, run.mesh)
+
+
+def _compared(run):
+    """How many pictures are compared with the reference teacher's: so many fit a file, in half precision."""
+    return min(_COMPARED, max(_num_shown(run), _COMPARED_BYTES // (2 * math.prod(run.pictures[0].sample_shape))))
+
+
 def _num_shown(run):
-    config, shape = run.experiment.evaluate, run.experiment.data.sample_shape
+    config, shape = run.experiment.evaluate, run.pictures[0].sample_shape
     return min(_SHOWN if len(shape) > 1 else _SHOWN_POINTS, config.num_samples)
 
 

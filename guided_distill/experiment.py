@@ -6,7 +6,7 @@ import types
 import typing
 from collections.abc import Mapping
 
-from guided_distill import diffusion
+from guided_distill import diffusion, latents
 from guided_distill.checkpoint import CheckpointConfig
 from guided_distill.data import DataConfig
 from guided_distill.errors import UserError
@@ -120,7 +120,9 @@ class EvaluateConfig:
 
     `baselines` are further samplers of the teacher, besides the deterministic one. `features` are the networks that
     measure: "classifier", trained on the data set itself, "efficientnet_lite0" and "inception_v3". `reference` is an
-    npz of --mode=reference, ADM or EDM to compare with; None: the statistics of the training split.
+    npz of --mode=reference, ADM or EDM to compare with; None: the statistics of the training split. `captions` is a
+    text file of captions, one a line, to draw in place of those held out, `clip` a CLIP model's folder as transformers
+    writes it, which the CLIP score is taken with.
     """
 
     num_samples: int
@@ -131,6 +133,8 @@ class EvaluateConfig:
     baselines: tuple[str, ...] = ()
     features: tuple[str, ...] = ("classifier",)
     reference: str | None = None
+    captions: str | None = None
+    clip: str | None = None
     seed: int = 0
 
 
@@ -170,6 +174,7 @@ class Experiment:
     rounds: RoundsConfig = RoundsConfig()
     mesh: MeshConfig = MeshConfig()
     teacher_dtype: str = "float32"  # or "bfloat16", of the weights that are learned from, while they are learned from
+    latent_model: str | None = None  # a folder of --mode=import, whose autoencoder the data are latents of
     clip_targets: bool = False  # whether students learn x_hat as the teacher's sampler clips it, or as it is
 
     def given(self, stage_name):
@@ -289,7 +294,7 @@ def _check(experiment):
         raise UserError(f"config.stage1.single_w is {stage1.single_w}; name each w once, in six digits")
     if "encode" in experiment.stage2.series:
         _check_encoder(experiment)
-    if experiment.data.flip and experiment.data.shape:
+    if experiment.data.flip and experiment.data.shape and not experiment.data.name.startswith(latents.PREFIX):
         raise UserError("config.data.flip is True; only images are flipped, and config.data.shape says these are none")
 
 
@@ -365,6 +370,7 @@ def _check_at_least(experiment):
     if experiment.teacher.num_times is not None and experiment.teacher.num_times < 1:
         raise UserError(f"config.teacher.num_times is {experiment.teacher.num_times}; it must be at least 1")
     _check_captions(experiment)
+    _check_latents(experiment)
     for name in ("w", "num_steps", "features"):
         if not getattr(experiment.evaluate, name):
             raise UserError(f"config.evaluate.{name} is empty; name at least one value")
@@ -375,8 +381,15 @@ def _check_captions(experiment):
     for key in ("holdout", "text_length"):
         if getattr(data, key) == 1:
             raise UserError(f"config.data.{key} is 1, which leaves nothing; it must be 0, for none, or at least 2")
-    if data.text_length and not hasattr(experiment.model, "text"):
-        raise UserError(f"config.data.text_length is {data.text_length}: of the networks only unet takes captions")
+    latent = hasattr(experiment.model, "context_dim")
+    if data.text_length and not (latent or hasattr(experiment.model, "text")):
+        raise UserError(
+            f"config.data.text_length is {data.text_length}: of the networks only unet and sd_unet take captions"
+        )
+    if latent and data.text_length and "classifier" in experiment.evaluate.features:
+        _refuse_classifier()
+    if latent:
+        return
     if bool(data.text_length) != (text is not None):
         raise UserError(
             f"config.data.text_length is {data.text_length}, and config.model.text "
@@ -385,12 +398,40 @@ def _check_captions(experiment):
     if text is None:
         return
     if "classifier" in experiment.evaluate.features:
-        raise UserError(
-            "config.evaluate.features holds 'classifier', which tells labels apart; pictures of captions are measured "
-            "by efficientnet_lite0 or inception_v3"
-        )
+        _refuse_classifier()
     if text.activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise UserError(f"config.model.text.activation is {text.activation!r}; it must be one of {known}")
     if text.heads < 1 or text.width % text.heads:
         raise UserError(f"config.model.text: width {text.width} does not divide by heads {text.heads}")
+
+
+def _refuse_classifier():
+    raise UserError(
+        "config.evaluate.features holds 'classifier', which tells labels apart; pictures of captions are measured "
+        "by efficientnet_lite0 or inception_v3"
+    )
+
+
+def _check_latents(experiment):
+    """Of a latent network: noise levels as the schedule has them, data without a range, captions for it to be told."""
+    data, model = experiment.data, experiment.model
+    if data.name.startswith(latents.PREFIX) and data.data_range is not None:
+        raise UserError("config.data.data_range names a range, which latents have not; set it to None")
+    if not hasattr(model, "context_dim"):
+        if data.text_length and data.name.startswith(latents.PREFIX):
+            raise UserError("config.model: latents bring their captions embedded, which sd_unet alone takes")
+        return
+    if isinstance(experiment.schedule, diffusion.DiscreteBetas):
+        schedule = experiment.schedule
+        ours = (schedule.beta_start, schedule.beta_end), schedule.num_betas
+        if ours != (model.betas, model.num_betas):
+            raise UserError(
+                f"config.model.betas and num_betas are {model.betas}, {model.num_betas}, and config.schedule has "
+                f"{ours[0]}, {ours[1]}: the network tells time by them, so they must agree"
+            )
+    if model.extra_channels not in (0, 1 + data.sample_shape[-1]):
+        raise UserError(
+            f"config.model.extra_channels is {model.extra_channels}; a network that paints in takes a mask and a "
+            f"latent besides, {1 + data.sample_shape[-1]} channels"
+        )

@@ -70,6 +70,14 @@ def noise_between(model, seed, to_seed, num):
     return noise
 
 
+def cond_of(label, conditions):
+    """The cond of labels i32 [b] but for w, of host arrays: with the rows of `conditions` {name: [C, ...]}, if any."""
+    rows = {} if conditions is None else {name: table[label] for name, table in conditions.items()}
+    # Tables of floats may be kept in half precision.
+    rows = {name: row if row.dtype == np.int32 else row.astype(np.float32) for name, row in rows.items()}
+    return {"label": np.asarray(label, np.int32), **rows}
+
+
 def sample_images(
     model,
     params,
@@ -82,7 +90,7 @@ def sample_images(
     num_steps,
     batch_size,
     labels=None,
-    captions=None,
+    conditions=None,
     sampler="deterministic",
     noise=None,
     edit=None,
@@ -90,7 +98,8 @@ def sample_images(
     """Yields (index [b], label [b], x [b, *S]) as host arrays for the images 0 .. num - 1 of a seed.
 
     Image k depends on (seed, k), its label and w alone. `labels` i32 [num]; None draws them uniformly. Where the model
-    takes captions a label is the number of one of `captions`, the tokens i32 [C, L]. `w` is a number or f32 [num].
+    takes more than classes a label is the number of a row of `conditions` {name: [C, ...]}, such as the "tokens" of
+    captions. `w` is a number or f32 [num].
     `noise`, index [b] -> z [b, *S], stands for the noise of the seed; an `Edit` for starting from noise at all. The
     last batch is computed whole and cut, so that every batch runs the same program.
     """
@@ -99,14 +108,12 @@ def sample_images(
         index = np.arange(start, start + batch_size)
         keys = samplers.image_keys(seed, jnp.asarray(index))
         label = (
-            samplers.random_labels(keys, model.num_labels(captions))
+            np.asarray(samplers.random_labels(keys, model.num_labels(conditions)))
             if labels is None
-            else jnp.asarray(np.resize(labels[start:], batch_size))
+            else np.resize(labels[start:], batch_size)
         )
         strengths = np.resize(w[start:] if np.ndim(w) else w, batch_size)
-        cond = {"label": label, "w": jnp.asarray(strengths, jnp.float32)}
-        if captions is not None:
-            cond["tokens"] = jnp.asarray(captions)[label]
+        cond = {**cond_of(label, conditions), "w": np.asarray(strengths, np.float32)}
         z = None if noise is None else sharding.spread(mesh, noise(index))
         keys, cond = sharding.spread(mesh, (keys, cond))
         steps = jnp.asarray(num_steps, jnp.int32)
@@ -116,4 +123,4 @@ def sample_images(
             at = sharding.replicate(mesh, (edit.x, edit.mask, np.int32(edit.start)))
             x = compiled_edit(model.static(), mesh)(params, grid, keys, cond, steps, *at)
         kept = min(batch_size, num - start)
-        yield index[:kept], np.asarray(label)[:kept], sharding.to_host(x)[:kept]
+        yield index[:kept], label[:kept], sharding.to_host(x)[:kept]

@@ -32,6 +32,11 @@ def null_label(num_classes):
     return lambda cond: {**cond, "label": jnp.full_like(cond["label"], num_classes)}
 
 
+def null_text(cond):
+    """The cond whose "text" is that of the empty caption, cond["null_text"] [B, L, D]: all else stays."""
+    return {**cond, "text": cond["null_text"]}
+
+
 @functools.cache  # as above
 def null_caption(num_classes, end):
     """cond -> the cond without a label whose caption is empty: all its "tokens" are `end`."""
@@ -93,7 +98,8 @@ class Teacher:
     null_cond: Callable | None  # cond -> the cond that stands for no condition
     num_classes: int  # labels are 0 .. num_classes - 1
     sample_shape: tuple[int, ...]  # S
-    text_length: int = 0  # tokens of a caption, cond["tokens"] i32 [B, L]; 0: it takes none
+    # (name, shape of one example, dtype) of what cond holds besides "label" and "w", such as ("tokens", (L,), "int32")
+    cond_fields: tuple[tuple[str, tuple[int, ...], str], ...] = ()
     data_range: float | None = 1.0  # samples are clipped to [-data_range, data_range]; None: they are not
     w_conditioned: bool = False
     guided: Callable | None = None  # params -> guided Denoiser, where it is more than guiding model_fn
@@ -108,15 +114,14 @@ class Teacher:
             return self.guided_calls
         return self.members * (1 if self.w_conditioned or self.null_cond is None else 2)
 
-    def num_labels(self, captions):
-        """How many labels there are: classes, or where `captions` [C, L] are given the numbers of those."""
-        return self.num_classes if captions is None else len(captions)
+    def num_labels(self, conditions):
+        """How many labels there are: classes, or where `conditions` {name: [C, ...]} are given the rows of those."""
+        return self.num_classes if conditions is None else len(next(iter(conditions.values())))
 
     def cond_shapes(self, batch):
         """The cond of `batch` examples, as ShapeDtypeStructs."""
-        row = jax.ShapeDtypeStruct((batch,), jnp.float32)
-        caption = {"tokens": jax.ShapeDtypeStruct((batch, self.text_length), jnp.int32)} if self.text_length else {}
-        return {"label": jax.ShapeDtypeStruct((batch,), jnp.int32), "w": row, **caption}
+        fields = (("label", (), "int32"), ("w", (), "float32"), *self.cond_fields)
+        return {name: jax.ShapeDtypeStruct((batch, *shape), dtype) for name, shape, dtype in fields}
 
     def static(self):
         """This without its weights: hashable, so that one compiled program serves all weights."""

@@ -8,7 +8,7 @@ import sys
 from guided_distill import command_line as flag
 from guided_distill.errors import Fault, Stopped, UserError
 
-_OF_SEVERAL = ("run", "evaluate", "sample")  # modes that several processes do together
+_OF_SEVERAL = ("run", "evaluate", "sample", "encode")  # modes that several processes do together
 
 
 def _dispatch():
@@ -25,6 +25,7 @@ def _dispatch():
     from guided_distill import (
         compilation,
         distributed,
+        encode,
         measure_files,
         pipeline,
         preemption,
@@ -55,6 +56,10 @@ def _dispatch():
         pipeline.evaluate_run(config, workdir)
     elif flag.MODE.value == "prepare_data":
         prepare_data.prepare(experiment.data)
+    elif flag.MODE.value == "encode":
+        if flag.SOURCE.value is None:
+            raise UserError("--source is missing: folder:DIR of pictures and captions, or the name of a TFDS set")
+        encode.encode(config, flag.SOURCE.value)
     elif flag.MODE.value == "transfer":
         if flag.TARGET.value is None:
             raise UserError("--target is missing: the workdir of the run whose domain is drawn in")

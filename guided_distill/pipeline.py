@@ -192,10 +192,10 @@ def _write_samples(this, stage, writer, state, step):
         num_steps=min(stage.num_steps, 16),
         sampler=stage.sampler,
         batch_size=this.experiment.evaluate.batch_size,
-        labels=np.arange(_GRID_IMAGES) % stage.model.num_labels(this.captions),
-        captions=this.captions,
+        labels=np.arange(_GRID_IMAGES) % stage.model.num_labels(this.conditions),
+        conditions=this.conditions,
     )
-    picture = pictures.image_grid(np.concatenate([x for _, _, x in batches]))
+    picture = pictures.image_grid(this.shown(np.concatenate([x for _, _, x in batches])))
     writer.images(step, {"samples": picture})
     if this.is_main:
         directory = stage.directory(this.workdir) / "samples"

@@ -19,6 +19,7 @@ from rich.progress import track
 from guided_distill.data import SMALL_SETS, DataConfig, find_builder, has_array_record
 from guided_distill.errors import UserError
 from guided_distill.factories import is_factory
+from guided_distill.pairs import crop_and_resize
 
 
 def prepare(config: DataConfig) -> None:
@@ -39,30 +40,6 @@ def prepare(config: DataConfig) -> None:
     elif not has_array_record(builder):
         _convert_in_place(builder)
     print(f"{config.name!r} is ready in {find_builder(config.name, config.data_dir).data_path}")
-
-
-def crop_and_resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Central square along the short side, then area resize: uint8[H,W,C] -> uint8[size,size,C].
-
-    The convention of Salimans & Ho (arXiv 2202.00512): the crop starts at h//2 - w//2, and a new pixel is the mean of
-    the old ones it covers, weighted by the covered area (tf.image.resize "area"), here rounded to the nearest integer.
-    """
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = height // 2 - side // 2, width // 2 - side // 2
-    square = image[top : top + side, left : left + side].astype(np.float32)
-    weights = _area_weights(side, size)
-    resized = np.tensordot(weights, np.tensordot(weights, square, axes=(1, 0)), axes=(1, 1))
-    return np.rint(resized).astype(np.uint8).swapaxes(0, 1)
-
-
-@functools.lru_cache(maxsize=1024)
-def _area_weights(old: int, new: int) -> np.ndarray:
-    """f32[new,old]: the share of old pixel j in new pixel i, by the length of their overlap."""
-    edges = np.linspace(0, old, new + 1)
-    low, high = edges[:-1, None], edges[1:, None]
-    overlap = np.minimum(high, np.arange(1, old + 1)) - np.maximum(low, np.arange(old))
-    return (np.maximum(overlap, 0) * (new / old)).astype(np.float32)
 
 
 def _download(name: str, data_dir: str | None):

@@ -12,7 +12,8 @@ from guided_distill import generate, pictures, pipeline
 from guided_distill.errors import UserError
 from guided_distill.evaluation.image_files import read_picture
 from guided_distill.files import write_whole
-from guided_distill.text import hashed_words, words_of
+from guided_distill.masks import shrink
+from guided_distill.text import words_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +41,16 @@ def sample(config, workdir, *, num_steps, series, w, labels, num, seed, out, cap
     """
     this = pipeline.open_run(config, workdir, create=False)
     stage = _student(this, num_steps, series)
-    tokens = _tokens(this, captions)
-    if captions is not None and labels is None:
-        labels = range(len(captions))
-    _check(stage.w_range, stage.model.num_labels(tokens), w, labels, num, out)
+    _check_captions(this, captions)
     if begin != _NOISE and stage.sampler != "deterministic":
         raise UserError(f"student {stage.name} draws noise at every step, and goes out from nothing else: --series=det")
-    edit = _edit(this, stage, begin)
+    shown, edit, painted = _edit(this, stage, begin)
+    if captions is not None and _paints_in(stage) and painted is None:
+        raise UserError("this network paints in: give it --image and --mask besides --caption")
+    conditions = _conditions(this, captions, painted)
+    if captions is not None and labels is None:
+        labels = range(len(captions))
+    _check(stage.w_range, stage.model.num_labels(conditions), w, labels, num, out)
     strengths, noise = _way(stage, begin, w, seed, num)
     if labels is None and noise is not None:
         labels = [0]  # one thing changes at a time
@@ -64,15 +68,16 @@ def sample(config, workdir, *, num_steps, series, w, labels, num, seed, out, cap
         edit=edit,
         batch_size=batch_size,
         labels=None if labels is None else np.resize(np.asarray(labels, np.int32), num),
-        captions=tokens,
+        conditions=conditions,
         sampler=stage.sampler,
     )
     index, label, x = (np.concatenate(values) for values in zip(*batches, strict=True))
+    x = this.shown(x)
     if not this.is_main:
         return
     try:
         if out.endswith(".png"):
-            pictures.save_png(out, pictures.image_grid(np.concatenate([*_shown(edit), x])))
+            pictures.save_png(out, pictures.image_grid(np.concatenate([*shown, x])))
         else:
             buffer = io.BytesIO()
             np.savez(buffer, x=x, label=label, index=index)
@@ -98,56 +103,84 @@ def _way(stage, begin, w, seed, num):
 
 
 def _edit(this, stage, begin):
-    """The picture and mask that the flags name, as a generate.Edit; None where there are none."""
+    """Of the picture and mask that the flags name: what to show of them, a generate.Edit, and the cond of a hole.
+
+    The Edit is None where there is no picture, and where the network paints in by itself, which is told the hole.
+    """
     if begin.image is None:
         if begin.mask is not None or begin.start is not None:
             raise UserError("--mask and --start say what to make of a picture: name it by --image")
-        return None
+        return [], None, None
     if begin.to_seed is not None or begin.to_w is not None:
         raise UserError("--image goes with --start and --mask, and not with --to_seed or --to_w: leave one of them out")
-    start, shape = stage.num_steps if begin.start is None else begin.start, this.experiment.data.sample_shape
+    start = stage.num_steps if begin.start is None else begin.start
     if not 1 <= start <= stage.num_steps:
         raise UserError(f"--start={start}: the student takes {stage.num_steps} steps, so 1 ... {stage.num_steps}")
-    x, mask = read_picture(begin.image, "--image"), np.ones(shape, np.float32)
-    if x.shape != shape:
+    picture, hole = _picture_and_hole(begin, this.picture_shape)
+    around = picture * (1.0 - hole)
+    shown = [picture[None]] + [around[None]] * bool(hole.min() < 1.0)
+    x, mask, space = picture, hole, this.space
+    if space is not None:
+        x, around = space.encode(np.stack([picture, around]))
+        mask = shrink(hole, x.shape[0])
+    if _paints_in(stage) and (begin.mask is None or begin.start is not None):
+        raise UserError("this network paints in: give it --image and --mask, and no --start")
+    if _paints_in(stage):
+        return shown, None, {"mask": mask[None], "masked": around[None]}
+    return shown, generate.Edit(x, np.broadcast_to(mask, x.shape), start), None
+
+
+def _paints_in(stage):
+    """Whether the network itself takes a hole and what is around it."""
+    return any(name == "masked" for name, *_ in stage.model.cond_fields)
+
+
+def _picture_and_hole(begin, shape):
+    """--image f32 [H, W, C], and what of it is to be made anew: 1 there, f32 [H, W, 1]."""
+    x, hole = read_picture(begin.image, "--image"), np.ones((*shape[:-1], 1), np.float32)
+    if x.shape != tuple(shape):
         raise UserError(
             f"--image={begin.image} is {_times(x.shape)}, the model's pictures are {_times(shape)}: "
             "resize it, or save it in as many channels"
         )
-    if begin.mask is not None:
-        mask = read_picture(begin.mask, "--mask").mean(-1, keepdims=True)
-        if mask.shape[:-1] != shape[:-1]:
-            raise UserError(f"--mask={begin.mask} is {_times(mask.shape[:-1])}, the picture {_times(shape[:-1])}")
-        if not (mask > 0.0).any():
-            raise UserError(f"--mask={begin.mask} holds nothing white: there is nothing to make anew")
-        mask = np.broadcast_to((mask > 0.0).astype(np.float32), shape)
-    return generate.Edit(x, mask, start)
-
-
-def _shown(edit):
-    """The picture that others are made of, and where there is a mask what is kept of it, the rest grey."""
-    if edit is None:
-        return []
-    return [edit.x[None]] + [(edit.x * (1.0 - edit.mask))[None]] * bool(edit.mask.min() < 1.0)
+    if begin.mask is None:
+        return x, hole
+    mask = read_picture(begin.mask, "--mask").mean(-1, keepdims=True)
+    if mask.shape[:-1] != shape[:-1]:
+        raise UserError(f"--mask={begin.mask} is {_times(mask.shape[:-1])}, the picture {_times(shape[:-1])}")
+    if not (mask > 0.0).any():
+        raise UserError(f"--mask={begin.mask} holds nothing white: there is nothing to make anew")
+    return x, (mask > 0.0).astype(np.float32)
 
 
 def _times(shape):
     return "x".join(map(str, shape))
 
 
-def _tokens(this, captions):
+def _check_captions(this, captions):
+    """Raises UserError for captions that a model does not take, or that are too long for its text encoder."""
     data = this.experiment.data
     if captions is None:
-        return this.captions
+        return
     if not data.text_length:
         raise UserError("--caption is for a model of captions; this one is of classes, see --labels")
+    if this.space is not None:
+        return  # its tokenizer says so
     for caption in captions:
         if len(words_of(caption)) >= data.text_length:
             raise UserError(
                 f"--caption={caption[:40]!r} has {len(words_of(caption))} words; the model takes "
                 f"{data.text_length - 1}: shorten it"
             )
-    return hashed_words(captions, length=data.text_length, vocabulary=data.vocabulary)
+
+
+def _conditions(this, captions, painted):
+    """What images are made with besides labels, of given captions or of those held out; all have the same hole."""
+    found = this.conditions if captions is None else this.conditions_of(captions, truncate=False)
+    if painted is None:
+        return found
+    num = len(next(iter(found.values())))
+    return found | {name: np.broadcast_to(value, (num, *value.shape[1:])) for name, value in painted.items()}
 
 
 def _student(this, num_steps, series):

@@ -24,12 +24,12 @@ def make_module(experiment, w_conditioned, parameterisation):
     module, _ = BACKBONES[experiment.backbone]
     both = 2 if parameterisation == "both" else 1
     data, text = experiment.data, {}
-    if data.text_length:
+    if getattr(experiment.model, "text", None) is not None:
         known = {"vocabulary": data.vocabulary, "positions": data.text_length}
         text = {"text": dataclasses.replace(experiment.model.text, **known)}
     config = dataclasses.replace(
         experiment.model,
-        num_classes=0 if text else data.num_classes,  # a caption says more than a label
+        num_classes=0 if data.text_length else data.num_classes,  # a caption says more than a label
         out_channels=both * data.sample_shape[-1],
         w_conditioned=w_conditioned,
         **text,
@@ -49,19 +49,37 @@ def make_model(experiment, *, w_conditioned, parameterisation=None, guided=True)
         params=None,
         schedule=experiment.schedule,
         parameterisation=parameterisation,
-        null_cond=_null_cond(experiment.data) if guided else None,
+        null_cond=_null_cond(experiment) if guided else None,
         num_classes=experiment.data.num_classes,
         sample_shape=experiment.data.sample_shape,
-        text_length=experiment.data.text_length,
+        cond_fields=_cond_fields(experiment),
         data_range=experiment.data.data_range,
         w_conditioned=w_conditioned,
     )
 
 
-def _null_cond(data):
+def _null_cond(experiment):
+    data = experiment.data
+    if any(name == "text" for name, *_ in _cond_fields(experiment)):
+        return guidance.null_text
     if data.text_length:
         return guidance.null_caption(data.num_classes, end_of_text(data.vocabulary))
     return guidance.null_label(data.num_classes)
+
+
+def _cond_fields(experiment):
+    """What the network is told besides a label: tokens of a caption, or that embedded; a hole and what is around it."""
+    data, model = experiment.data, experiment.model
+    if not hasattr(model, "extra_channels"):  # no network of latents
+        return (("tokens", (data.text_length,), "int32"),) if data.text_length else ()
+    fields = ()
+    if data.text_length:
+        shape = (data.text_length, model.context_dim)
+        fields = (("text", shape, "float32"), ("null_text", shape, "float32"))
+    if model.extra_channels:
+        side = data.sample_shape[:-1]
+        fields += (("mask", (*side, 1), "float32"), ("masked", data.sample_shape, "float32"))
+    return fields
 
 
 def initial_params(experiment, w_conditioned, key, mesh=None, parameterisation=None):
@@ -70,8 +88,9 @@ def initial_params(experiment, w_conditioned, key, mesh=None, parameterisation=N
     z = jnp.zeros((1, *experiment.data.sample_shape))
     one = jnp.zeros(1)
     arguments = key, z, one, one.astype(jnp.int32), one
-    length = experiment.data.text_length
-    init = functools.partial(module.init, tokens=jnp.zeros((1, length), jnp.int32)) if length else module.init
+    rest = {name: jnp.zeros((1, *shape), dtype) for name, shape, dtype in _cond_fields(experiment)}
+    rest.pop("null_text", None)
+    init = functools.partial(module.init, **rest)
     out_shardings = None if mesh is None else sharding.shardings_of(mesh, jax.eval_shape(init, *arguments))
     return jax.jit(init, out_shardings=out_shardings)(*arguments)["params"]
 
@@ -126,7 +145,7 @@ def outside_teacher(name, experiment):
     for what, theirs, ours in (
         ("sample_shape", teacher.sample_shape, experiment.data.sample_shape),
         ("num_classes", teacher.num_classes, experiment.data.num_classes),
-        ("text_length", teacher.text_length, experiment.data.text_length),
+        ("cond_fields", teacher.cond_fields, _cond_fields(experiment)),
     ):
         if theirs != ours:
             raise UserError(f"{key}: the teacher of {name!r} has {what} {theirs}, the config's data {ours}")

@@ -6,18 +6,26 @@ import functools
 import json
 from typing import Any
 
+import numpy as np
+
 from guided_distill import diffusion, distributed, guidance, sharding
 from guided_distill.checkpoint import find_stage, is_complete, load_eval_params
-from guided_distill.data import load_dataset, read_tokens
+from guided_distill.data import Dataset, load_dataset, read_captions, read_records, read_tokens
 from guided_distill.differences import differing_keys
 from guided_distill.errors import Fault, UserError
 from guided_distill.experiment import Experiment, from_config
 from guided_distill.files import absolute, read_json, write_whole
+from guided_distill.interop import latent_folder
+from guided_distill.latent_space import open_space
 from guided_distill.stages import Stage, make_stages
-from guided_distill.teachers import initial_params, outside_teacher, shapes_of
+from guided_distill.teachers import initial_params, make_module, outside_teacher, shapes_of
+from guided_distill.text import hashed_words
 
 # Of a workdir that was never one; all else, a full disk among it, is the machine's.
 _MISTAKES = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EROFS)
+
+
+_CONDITIONS = 1024  # records of latents whose captions models are looked at with: each is some hundred KB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +45,65 @@ class Run:
         return load_dataset(self.experiment.data)
 
     @functools.cached_property
+    def conditions(self):
+        """{name: [C, ...]}: what models are looked at with besides labels; None where they take nothing else.
+
+        Of the records held out, or of config.evaluate.captions: "tokens" i32 [C, L], or for latents "text" and what
+        else their network takes, f16.
+        """
+        fields = [name for name, *_ in self.stages[0].model.cond_fields]
+        if not fields:
+            return None
+        if self.experiment.evaluate.captions is not None:
+            return self.conditions_of(self.captions)
+        test = self.dataset.test
+        if fields == ["tokens"]:
+            return {"tokens": read_tokens(test)}
+        rows = read_records(test, np.arange(min(len(test), _CONDITIONS)))
+        return {name: rows[name].astype(np.float16) for name in fields}
+
+    def conditions_of(self, captions, *, truncate=True):
+        """The same of captions in words. Raises UserError for one that is too long, unless it may lose its end."""
+        data = self.experiment.data
+        if self.space is None:
+            return {"tokens": hashed_words(captions, length=data.text_length, vocabulary=data.vocabulary)}
+        text = self.space.embed([*captions, ""], truncate=truncate)
+        return {"text": text[:-1], "null_text": np.repeat(text[-1:], len(captions), 0)}
+
+    @functools.cached_property
     def captions(self):
-        """Tokens i32 [C, L] of the captions held out, which models are looked at with; None of a set without any."""
+        """The words of the captions that `conditions` has; None where there are none."""
         if not self.experiment.data.text_length:
             return None
-        return read_tokens(self.dataset.test)
+        path = self.experiment.evaluate.captions
+        if path is not None:
+            return _read_lines(path)
+        return read_captions(self.dataset.test)[: self.stages[0].model.num_labels(self.conditions)]
+
+    @functools.cached_property
+    def space(self):
+        """What turns latents into pictures; None where the network makes pictures itself."""
+        return None if self.experiment.latent_model is None else open_space(self.experiment.latent_model)
+
+    @property
+    def picture_shape(self):
+        """(H, W, C) of the pictures that samples stand for."""
+        shape = self.experiment.data.sample_shape
+        return shape if self.space is None else self.space.picture_shape(shape)
+
+    def shown(self, x):
+        """Samples [B, *S] as the pictures [B, H, W, C] they stand for."""
+        return x if self.space is None else self.space.decode(x)
+
+    @functools.cached_property
+    def pictures(self):
+        """(DataConfig, Dataset) of the pictures that samples are measured against: decoded where data are latents."""
+        data = self.experiment.data
+        if self.space is None:
+            return data, self.dataset
+        theirs = dataclasses.replace(data, shape=self.picture_shape, data_range=1.0)
+        train, test = (Decoded(split, self.space) for split in (self.dataset.train, self.dataset.test))
+        return theirs, Dataset(data.name, self.picture_shape, data.num_classes, train, test)
 
     @property
     def is_main(self):
@@ -59,12 +121,16 @@ class Run:
     def checkpoint_of(self, stage):
         """Where the weights of a finished stage are: its directory, or that of the run it was given from."""
         given = self.given(stage)
+        if given and latent_folder.is_latent(given):
+            return absolute(given)
         return find_stage(given, stage.name) if given else stage.directory(self.workdir)
 
     def params_of(self, stage):
         """The weights to sample with that a finished stage left."""
         if self.outside is not None and stage.name == "teacher":
             return sharding.place(self.mesh, self.outside.params)
+        if self.given(stage) and latent_folder.is_latent(self.given(stage)):
+            return sharding.place(self.mesh, latent_folder.read_latent(self.given(stage), ["unet"])[1]["unet"])
         return load_eval_params(self.checkpoint_of(stage), functools.partial(sharding.by_size, self.mesh))
 
     def finished(self, stage):
@@ -78,6 +144,37 @@ class Run:
                 raise UserError(
                     f"{stage.directory(self.workdir)}: this stage is not finished; finish it with --mode=run"
                 )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decoded:
+    """A source of latents as one of the pictures [H, W, C], f32 in [-1, 1], that their means stand for."""
+
+    source: Any
+    space: Any
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices):
+        """The records `indices`, decoded together."""
+        found = read_records(self.source, indices)
+        pictures = self.space.decode(found["x"])
+        return [{"image": x, "label": label} for x, label in zip(pictures, found["label"], strict=True)]
+
+
+def _read_lines(path):
+    try:
+        lines = absolute(path).read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"config.evaluate.captions: {path} cannot be read ({error.strerror or error})") from error
+    captions = [line.strip() for line in lines if line.strip()]
+    if not captions:
+        raise UserError(f"config.evaluate.captions: {path} holds no captions; write one a line")
+    return captions
 
 
 def open_run(config, workdir, *, create=True) -> Run:
@@ -124,7 +221,11 @@ def _check_network(experiment):
 
 def _check_given(config, name, path):
     """Raises UserError unless the stage at `path` has finished and was made with the same network and schedule."""
-    stage_dir, key = find_stage(path, name), f"config.{name}.checkpoint"
+    key = f"config.{name}.checkpoint"
+    if latent_folder.is_latent(path):
+        _check_imported(config, name, path)
+        return
+    stage_dir = find_stage(path, name)
     if not is_complete(stage_dir):
         raise UserError(f"{key}: {stage_dir} is not finished; finish it with --mode=run first")
     if not stage_dir.name.endswith(f"_{name}"):
@@ -135,6 +236,30 @@ def _check_given(config, name, path):
         lines = differing_keys(_what_it_is(config, name), _what_it_is(theirs, name))
         if lines:
             raise UserError(f"{key}: {stage_dir} is another model ({'; '.join(lines)})")
+
+
+def _check_imported(config, name, path):
+    """The same of a folder that --mode=import wrote: its U-Net is the config's, a student's one that takes w."""
+    key, theirs = f"config.{name}.checkpoint", latent_folder.read_model(path)
+    experiment = from_config(config)
+    if experiment.backbone != "sd_unet":
+        raise UserError(f"{key}: {path} is a latent model; config.model.name is {experiment.backbone!r}, not 'sd_unet'")
+    ours = make_module(experiment, name == "stage1", experiment.parameterisation).config
+    free = {"dtype", "remat", "w_conditioned"}
+    lines = [
+        f"{field.name}: {getattr(theirs.unet, field.name)} -> {getattr(ours, field.name)}"
+        for field in dataclasses.fields(ours)
+        if field.name not in free and getattr(theirs.unet, field.name) != getattr(ours, field.name)
+    ]
+    if lines:
+        raise UserError(f"{key}: {path} is another network than config.model ({'; '.join(lines)})")
+    if theirs.unet.w_conditioned != (name == "stage1"):
+        takes = "takes w" if theirs.unet.w_conditioned else "takes no w"
+        raise UserError(f"{key}: the network of {path} {takes}: name it as config."
+                        f"{'stage1' if theirs.unet.w_conditioned else 'teacher'}.checkpoint")  # fmt: skip
+    predicts = "v" if name == "stage1" and experiment.to_v.updates else experiment.parameterisation
+    if theirs.parameterisation != predicts:
+        raise UserError(f"{key}: {path} predicts {theirs.parameterisation}, and the config says {predicts}")
 
 
 def _what_it_is(config, name):

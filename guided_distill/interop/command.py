@@ -30,5 +30,8 @@ def import_weights(network, source, out):
         raise UserError(f"--network={network}: must be one of {known}, or --source a folder of diffusers")
     if out is None:
         raise UserError("--out is missing: the folder that the converted model goes to")
-    latent_folder.write_latent(out, model, params)
+    tokenizer = path / "tokenizer" if (path / "tokenizer").is_dir() else None
+    latent_folder.write_latent(out, model, params, tokenizer)
     print(f"{latent_folder.describe(model, params)}: {path} is now in {out}")
+    if model.text_encoder is not None and tokenizer is None:
+        print(f"{path} has no tokenizer: put vocab.json and merges.txt of its text encoder into {out}/tokenizer")

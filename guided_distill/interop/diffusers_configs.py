@@ -4,7 +4,7 @@ import dataclasses
 
 from guided_distill.errors import UserError
 from guided_distill.models.autoencoder import AutoencoderConfig
-from guided_distill.models.clip import ACTIVATIONS, TextConfig
+from guided_distill.models.clip import ACTIVATIONS, TextConfig, VisionConfig
 from guided_distill.models.sd_unet import SDUNetConfig
 
 # Keys that must be absent or have this value: the networks here are so and not otherwise.
@@ -152,11 +152,35 @@ def read_text_encoder(theirs, what):
     """CLIPTextModel's config -> TextConfig. Raises UserError that names the key."""
     _check(theirs, TEXT_FIXED, what)
     defaults = dataclasses.asdict(TextConfig(width=512, layers=12, heads=8, mlp=2048))  # transformers' own
-    values = {ours: theirs.get(key, defaults[ours]) for ours, key in _TEXT_KEYS.items()}
-    if values["activation"] not in ACTIVATIONS:
-        raise UserError(f"{what}: hidden_act is {values['activation']!r}; there are {', '.join(ACTIVATIONS)}")
+    values = _clip_values(theirs, _TEXT_KEYS, defaults, what)
     projected = "CLIPTextModelWithProjection" in (theirs.get("architectures") or ())
     return TextConfig(**values, projection=theirs.get("projection_dim", 512) if projected else 0)
+
+
+_VISION_KEYS = {
+    "side": "image_size",
+    "patch": "patch_size",
+    "width": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "mlp": "intermediate_size",
+    "activation": "hidden_act",
+    "projection": "projection_dim",
+}
+
+
+def read_vision_encoder(theirs, what):
+    """CLIPVisionModel's config -> VisionConfig. Raises UserError that names the key."""
+    _check(theirs, TEXT_FIXED, what)
+    defaults = dataclasses.asdict(VisionConfig(patch=32, width=768, layers=12, heads=12, mlp=3072, projection=512))
+    return VisionConfig(**_clip_values(theirs, _VISION_KEYS, defaults, what))
+
+
+def _clip_values(theirs, keys, defaults, what):
+    values = {ours: theirs.get(key, defaults[ours]) for ours, key in keys.items()}
+    if values["activation"] not in ACTIVATIONS:
+        raise UserError(f"{what}: hidden_act is {values['activation']!r}; there are {', '.join(ACTIVATIONS)}")
+    return values
 
 
 def write_text_encoder(config):

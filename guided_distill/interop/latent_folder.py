@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -21,13 +22,15 @@ _CONFIGS = {"unet": SDUNetConfig, "autoencoder": AutoencoderConfig, "text_encode
 _AGAIN = "make it again by --mode=import"
 
 
-def write_latent(folder, model, params):
-    """Writes a LatentModel and its parameters {part: tree}, float32."""
+def write_latent(folder, model, params, tokenizer=None):
+    """Writes a LatentModel and its parameters {part: tree}, float32; the files of the folder `tokenizer` are copied."""
     folder = pathlib.Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     for part in model.parts:
         flat = {path: np.asarray(value) for path, value in flatten_dict(params[part], sep="/").items()}
         write_whole(folder / f"{part}.safetensors", safetensors.numpy.save(flat))
+    if tokenizer is not None:
+        shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
     write_whole(folder / "config.json", json.dumps(dataclasses.asdict(model), indent=2) + "\n")
 
 
@@ -37,7 +40,7 @@ def read_latent(folder, parts=None):
     Raises UserError for a folder that is none, a part that is missing, and weights that are not this version's.
     """
     folder = pathlib.Path(folder).expanduser()
-    model = _read_model(folder / "config.json")
+    model = read_model(folder)
     params = {}
     for part in model.parts if parts is None else parts:
         path = folder / f"{part}.safetensors"
@@ -51,7 +54,14 @@ def read_latent(folder, parts=None):
     return model, params
 
 
-def _read_model(path):
+def is_latent(path):
+    """Whether a path is a folder that --mode=import wrote, rather than a run or one of its stages."""
+    return (pathlib.Path(path).expanduser() / "unet.safetensors").is_file()
+
+
+def read_model(folder):
+    """The LatentModel of a folder, without its parameters. Raises UserError as `read_latent` does."""
+    path = pathlib.Path(folder).expanduser() / "config.json"
     if not path.is_file():
         raise UserError(f"{path} is missing: give a folder that --mode=import --out=... has written")
     said = read_json(path)

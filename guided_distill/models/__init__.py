@@ -21,14 +21,14 @@ def make_model_fn(module):
     """ModelFn (params, z [B, *S], logsnr [B], cond, *, dropout_key=None) -> raw [B, *S] of a backbone, nothing bound.
 
     Without a `dropout_key` the network is in evaluation mode. What cond holds besides "label" and "w" (text, mask, ...)
-    goes to the network by its name.
+    goes to the network by its name, but for "null_text", which is there to be guided with.
     """
 
     def model_fn(params, z, logsnr, cond, *, dropout_key=None):
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         train = dropout_key is not None
         label, w = cond.get("label"), cond.get("w")
-        rest = {name: value for name, value in cond.items() if name not in ("label", "w")}
+        rest = {name: value for name, value in cond.items() if name not in ("label", "w", "null_text")}
         return module.apply({"params": params}, z, logsnr, label, w, train=train, rngs=rngs, **rest)
 
     return model_fn

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from guided_distill.models.autoencoder import AUTOENCODERS, Autoencoder, AutoencoderConfig
-from guided_distill.models.clip import TEXT_ENCODERS, TextConfig, TextEncoder
+from guided_distill.models.clip import TEXT_ENCODERS, TextConfig, TextEncoder, VisionConfig, VisionEncoder
 from guided_distill.models.sd_unet import SD_UNETS, SDUNet, SDUNetConfig
 
 PARTS = ("unet", "autoencoder", "text_encoder")
@@ -65,4 +65,13 @@ def _text_init(config):
     return lambda key: TextEncoder(config).init(key, jnp.zeros((1, config.positions), jnp.int32))
 
 
-_INITS = {SDUNetConfig: _unet_init, AutoencoderConfig: _autoencoder_init, TextConfig: _text_init}
+def _vision_init(config):
+    return lambda key: VisionEncoder(config).init(key, jnp.zeros((1, config.side, config.side, 3)))
+
+
+_INITS = {
+    SDUNetConfig: _unet_init,
+    AutoencoderConfig: _autoencoder_init,
+    TextConfig: _text_init,
+    VisionConfig: _vision_init,
+}
