@@ -25,14 +25,19 @@ MODEL = LatentModel(UNET, FIRST, TEXT, "eps", 4)
 
 
 def random_params(model, seed=0):
-    """Values that keep the size of what passes them, and no zeros."""
+    """{part: parameters} of a LatentModel, see `drawn_like`."""
+    return {part: drawn_like(part_shapes(getattr(model, part)), seed) for part in model.parts}
+
+
+def drawn_like(shapes, seed=0):
+    """A tree of values that keep the size of what passes them, and no zeros."""
     rng = np.random.default_rng(seed)
 
     def draw(leaf):
         fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 10
         return (rng.normal(size=leaf.shape) / fan_in**0.5).astype(np.float32)
 
-    return {part: jax.tree.map(draw, part_shapes(getattr(model, part))) for part in model.parts}
+    return jax.tree.map(draw, shapes)
 
 
 def write_tokenizer(folder):

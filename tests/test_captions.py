@@ -5,13 +5,14 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain_features
 import pytest
 from captioned import captioned_config
 
 from guided_distill import data, pipeline, sample
 from guided_distill.data import load_dataset, make_batches, read_range, read_tokens
 from guided_distill.errors import UserError
-from guided_distill.evaluation import captions, features, yardstick
+from guided_distill.evaluation import captions
 from guided_distill.experiment import from_config
 from guided_distill.guidance import null_caption
 from guided_distill.teachers import initial_params, make_model
@@ -156,26 +157,15 @@ def test_what_is_held_out_is_not_trained_on(in_memory):
         whole, source = source, mock.MagicMock()
         source.__len__.return_value = 10
         source.__getitems__ = lambda indices: [whole[i] for i in indices]
-    train, test = data._held_out(source, 4)
+    train, test = data.held_out(source, 4)
     assert read_tokens(test)[:, 0].tolist() == [0, 4, 8]
     assert read_tokens(train)[:, 0].tolist() == [1, 2, 3, 5, 6, 7, 9]
     assert read_range(train, 2, 4)["label"].tolist() == [3, 5]
 
 
-@pytest.fixture
-def plain_features(monkeypatch):
-    """Features of the means of a picture's quarters: for EfficientNet's, whose weights need not be here."""
-
-    def apply(params, x):
-        means = x.reshape(len(x), 2, 4, 2, 4, 3).mean((2, 4)).reshape(len(x), -1)
-        return means, means
-
-    network = features.FeatureNetwork("efficientnet_lite0", {"p": np.zeros(1)}, apply, "0" * 64, "none", False)
-    monkeypatch.setattr(yardstick, "load_feature_network", lambda name: network)
-
-
 @pytest.mark.slow
-def test_the_whole_chain(tmp_path, plain_features):
+def test_the_whole_chain(tmp_path, monkeypatch):
+    plain_features.use(monkeypatch)
     summary = pipeline.run(captioned_config(), tmp_path)
     for row in summary["rows"]:
         assert 0.0 <= row["metrics"]["retrieval_efficientnet_lite0"] <= 1.0

@@ -1,0 +1,223 @@
+"""From an imported latent model to pictures: the chain, its evaluation, and what can be asked of the students."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from latent_run import MODEL, TEXT, drawn_like, latent_config, random_params, write_model, write_pairs, write_tokenizer
+from PIL import Image
+
+from guided_distill import pipeline, sample
+from guided_distill.data import load_dataset, make_batches
+from guided_distill.encode import encode
+from guided_distill.errors import UserError
+from guided_distill.evaluation.clip_scores import make_scorer
+from guided_distill.experiment import from_config
+from guided_distill.interop import diffusers_names
+from guided_distill.interop.clip_folder import read_clip
+from guided_distill.interop.diffusers_configs import write_text_encoder
+from guided_distill.interop.latent_folder import read_latent, write_latent
+from guided_distill.interop.tensors import export_tree
+from guided_distill.latent_space import open_space
+from guided_distill.models.clip import TextEncoder, VisionConfig, VisionEncoder, clip_pixels, clip_score
+from guided_distill.models.latent_models import part_shapes
+from guided_distill.sharding import make_mesh, place
+from guided_distill.teachers import shapes_of
+from guided_distill.workdir import Run
+
+VISION = VisionConfig(side=16, patch=8, width=8, layers=1, heads=2, mlp=16, projection=6)
+PAINTS_IN = dataclasses.replace(MODEL, unet=dataclasses.replace(MODEL.unet, extra_channels=5))
+TOLD = {"num_steps": 2, "series": None, "w": 1.0, "num": 4, "seed": 0, "labels": None}
+
+
+def write_clip(folder):
+    """A CLIP model as transformers writes it, with the tokenizer of the latent model."""
+    text = dataclasses.replace(TEXT, projection=VISION.projection)
+    rng, state = np.random.default_rng(10), {"logit_scale": np.ones(())}
+    for config, names in ((text, diffusers_names.text_encoder), (VISION, diffusers_names.vision_encoder)):
+        tree = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), part_shapes(config))
+        state |= export_tree(names(config), tree)
+    write_tokenizer(folder)
+    vision = {"image_size": 16, "patch_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "intermediate_size": 16}  # fmt: skip
+    said = {"text_config": write_text_encoder(text), "vision_config": vision, "projection_dim": VISION.projection}
+    (folder / "config.json").write_text(json.dumps(said))
+    (folder / "model.safetensors").write_bytes(safetensors.numpy.save(state))
+    return folder
+
+
+def test_the_score_is_clips_own(tmp_path):
+    folder = write_clip(tmp_path / "clip")
+    captions = ["a cat", "dogs " * 9, "b"]
+    scorer = make_scorer(folder, captions, make_mesh())
+    x = np.random.default_rng(1).uniform(-1, 1, (5, 8, 8, 3)).astype(np.float32)
+    label = np.array([0, 2, 1, 0, 2])
+    text, vision, params, tokenizer = read_clip(folder)
+    embedding = TextEncoder(text).apply({"params": params["text"]}, tokenizer.encode(captions))[1][label]
+    pictures = VisionEncoder(vision).apply({"params": params["vision"]}, clip_pixels(x, 16))
+    expected = clip_score(pictures, embedding)
+    assert np.ptp(expected) > 1.0
+    np.testing.assert_allclose(scorer(x, label), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vocab.json"])
+def test_a_clip_model_that_lacks_a_file_is_named(tmp_path, name):
+    folder = write_clip(tmp_path / "clip")
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=name):
+        make_scorer(folder, ["a"], make_mesh())
+
+
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory):
+    """A model, its latents of captioned pictures, and the config of a run on them: (folder, config)."""
+    folder = tmp_path_factory.mktemp("chain")
+    write_model(folder / "model")
+    config = latent_config(folder, **{"data.holdout": 3})
+    encode(config, f"folder:{write_pairs(folder / 'pairs')}")
+    config["data"]["holdout"] = 0
+    return folder, config
+
+
+@pytest.fixture
+def finished(encoded, monkeypatch):
+    """The same with every stage as if trained, its weights random."""
+    monkeypatch.setattr(Run, "finished", lambda self, stage: True)
+    monkeypatch.setattr(Run, "params_of", lambda self, stage: place(self.mesh, drawn_like(shapes_of(stage.init))))
+    return encoded
+
+
+def test_the_teacher_is_the_imported_one(encoded):
+    folder, config = encoded
+    run = pipeline.open_run(config, folder / "run")
+    theirs = read_latent(folder / "model")[1]["unet"]
+    jax.tree.map(np.testing.assert_array_equal, run.params_of(run.stage("teacher")), theirs)
+    assert [stage.name for stage in run.stages if not run.finished(stage)][0] == "to_v"
+
+
+def draw(finished, out, **told):
+    folder, config = finished
+    sample.sample(config, folder / "run", out=str(out), **{**TOLD, **told})
+    return np.load(out, allow_pickle=False)["x"] if out.suffix == ".npz" else Image.open(out)
+
+
+def test_pictures_are_drawn_of_new_captions(finished, tmp_path):
+    out = tmp_path / "x.npz"
+    x = draw(finished, out, captions=["red", "blue"])
+    assert x.shape == (4, 8, 8, 3) and np.abs(x).max() <= 1.0
+    np.testing.assert_array_equal(x[0], draw(finished, out, captions=["red"])[0])
+    assert np.abs(x[1] - draw(finished, out, captions=["red", "green"])[1]).max() > 0.0
+    with pytest.raises(UserError, match="has 8 tokens; the text encoder takes 6"):
+        draw(finished, out, captions=["abcdefgh"])
+
+
+def test_a_list_of_captions_stands_for_those_held_out(finished, tmp_path):
+    folder, config = finished
+    (tmp_path / "captions.txt").write_text("red\n\nblue one\n")
+    config = {**config, "evaluate": {**config["evaluate"], "captions": str(tmp_path / "captions.txt")}}
+    run = pipeline.open_run(config, folder / "run", create=False)
+    assert run.captions == ["red", "blue one"] and len(run.conditions["text"]) == 2
+    np.testing.assert_allclose(run.conditions["text"], run.space.embed(["red", "blue one"]), atol=1e-6)
+    with pytest.raises(UserError, match="nowhere.txt cannot be read"):
+        _ = pipeline.open_run(
+            {**config, "evaluate": {**config["evaluate"], "captions": "nowhere.txt"}}, folder / "run", create=False
+        ).captions
+
+
+def test_a_picture_is_edited_in_latent_space(finished, tmp_path):
+    folder, _ = finished
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "red.png")
+    hole = Image.new("L", (8, 8))
+    hole.paste(255, (4, 0, 8, 8))
+    hole.save(tmp_path / "hole.png")
+    given = sample.From(image=str(tmp_path / "red.png"), mask=str(tmp_path / "hole.png"), start=1)
+    x = draw(finished, tmp_path / "x.npz", captions=["blue"], begin=given)
+    assert np.ptp(x, axis=0).max() > 1e-3  # each image has a noise of its own
+    space = open_space(folder / "model")
+    red = space.encode(np.array([1, -1, -1], np.float32) * np.ones((1, 8, 8, 3), np.float32))
+    # What the mask keeps is the latent of the picture, at the side of the latent.
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(type(space), "decode", lambda self, z: z)
+        z = draw(finished, tmp_path / "z.npz", captions=["blue"], begin=given)
+    np.testing.assert_allclose(z[:, :, :2], np.repeat(red[:, :, :2], 4, 0), atol=1e-5)
+    assert np.abs(z[:, :, 2:] - red[:, :, 2:]).max() > 1e-3
+    with pytest.raises(UserError, match="is 4x4x3, the model's pictures are 8x8x3"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "small.png")
+        draw(finished, tmp_path / "x.npz", begin=sample.From(image=str(tmp_path / "small.png")))
+
+
+@pytest.mark.parametrize(
+    ("model", "updates", "says"),
+    [
+        (MODEL, {"parameterisation": "v", "to_v.updates": 0}, "predicts eps, and the config says v"),
+        (MODEL, {"model.channels": 16}, "is another network than config.model .channels: 8 -> 16"),
+        (PAINTS_IN, {}, "extra_channels: 5 -> 0"),
+        (
+            dataclasses.replace(MODEL, unet=dataclasses.replace(MODEL.unet, w_conditioned=True)),
+            {},
+            "takes w: name it as",
+        ),
+    ],
+)
+def test_an_imported_model_unlike_the_config_is_named(encoded, tmp_path, model, updates, says):
+    folder, _ = encoded
+    shutil.copytree(folder / "latents", tmp_path / "latents")
+    write_model(tmp_path / "model", model)
+    with pytest.raises(UserError, match=says):
+        pipeline.open_run(latent_config(tmp_path, **updates), tmp_path / "run")
+
+
+def test_a_network_that_takes_w_begins_at_stage_two(encoded, tmp_path):
+    folder, _ = encoded
+    student = dataclasses.replace(MODEL, unet=dataclasses.replace(MODEL.unet, w_conditioned=True))
+    params = random_params(student, seed=1)
+    write_latent(tmp_path / "student", student, params)
+    config = latent_config(folder, **{"to_v.updates": 0, "stage1.checkpoint": str(tmp_path / "student")})
+    run = pipeline.open_run(config, tmp_path / "run")
+    assert run.finished(run.stage("stage1")) and not run.finished(run.stage("stage2_det_0002"))
+    jax.tree.map(np.testing.assert_array_equal, run.params_of(run.stage("stage1")), params["unet"])
+
+
+def test_what_does_not_go_together_is_named(tmp_path):
+    for updates, says in (
+        ({"data.data_range": 1.0}, "config.data.data_range names a range"),
+        ({"schedule.beta_end": 0.02}, "config.model.betas and num_betas are"),
+        ({"model.extra_channels": 3}, "config.model.extra_channels is 3"),
+        ({"evaluate.features": ("classifier",)}, "config.evaluate.features holds 'classifier'"),
+    ):
+        with pytest.raises(UserError, match=says):
+            from_config(latent_config(tmp_path, **updates))
+
+
+def test_a_network_that_paints_in_is_told_the_hole(tmp_path, monkeypatch):
+    write_model(tmp_path / "model", PAINTS_IN)
+    config = latent_config(tmp_path, PAINTS_IN, **{"data.holdout": 3, "data.flip": True})
+    encode(config, f"folder:{write_pairs(tmp_path / 'pairs')}")
+    config["data"]["holdout"] = 0
+    batch = next(make_batches(load_dataset(from_config(config).data).train, batch_size=4, seed=0, flip=True))
+    assert batch["mask"].shape == (4, 4, 4, 1) and batch["masked"].shape == (4, 4, 4, 4)
+    monkeypatch.setattr(Run, "finished", lambda self, stage: True)
+    monkeypatch.setattr(Run, "params_of", lambda self, stage: place(self.mesh, drawn_like(shapes_of(stage.init))))
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "red.png")
+    hole = Image.new("L", (8, 8))
+    hole.save(tmp_path / "none.png")
+    hole.paste(255, (4, 0, 8, 8))
+    hole.save(tmp_path / "half.png")
+    Image.new("L", (8, 8), 255).save(tmp_path / "all.png")
+    drawn = []
+    for name in ("half", "all"):
+        given = sample.From(image=str(tmp_path / "red.png"), mask=str(tmp_path / f"{name}.png"))
+        drawn.append(draw((tmp_path, config), tmp_path / "x.npz", captions=["blue"], begin=given))
+    assert np.abs(drawn[0] - drawn[1]).max() > 1e-3
+    told = {**TOLD, "captions": ["blue"], "out": str(tmp_path / "x.png")}
+    for begin, says in (
+        (sample.From(), "give it --image and --mask besides --caption"),
+        (sample.From(image=str(tmp_path / "red.png")), "give it --image and --mask, and no --start"),
+        (sample.From(image=str(tmp_path / "red.png"), mask=str(tmp_path / "none.png")), "holds nothing white"),
+    ):
+        with pytest.raises(UserError, match=says):
+            sample.sample(config, tmp_path / "run", **told, begin=begin)
