@@ -71,6 +71,8 @@ EXTRAS = {
         "transformers==5.24.0",
         *TEXT,
     ],
+    # In which exported students of latents are tried.
+    "diffusers": ["diffusers>=0.42", "torch>=2.13", "transformers>=5.24"],
     # Compiles for TPUs that are not there. Its version is the one that jax[tpu] asks for.
     "plan": ["libtpu>=0.0.42"],
     "gpu": ["jax[cuda13]"],

@@ -22,7 +22,20 @@ files with, is all that is needed. `stablehlo/stablehlo.json` lists the function
 (`..._sampler`) and one evaluation (`..._denoiser`), with their named inputs and outputs. The batch is free, and the
 platform cpu, cuda or tpu.
 """
-_USAGE = {"bundle": _BUNDLE, "stablehlo": _STABLEHLO}
+_DIFFUSERS = """## With diffusers
+
+```python
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("{directory}/diffusers/{name}")
+image = pipeline("a caption", num_inference_steps={num_steps}, guidance_scale={scale:g}).images[0]
+```
+
+`guidance_scale` is 1 + w: stay within 1 + the range of w below, which the pipeline does not check. Every step is one
+call of the network, and the negative prompt has no effect. There is no safety checker in these folders: pictures are
+shown as the model makes them.
+"""
+_USAGE = {"bundle": _BUNDLE, "stablehlo": _STABLEHLO, "diffusers": _DIFFUSERS}
 
 
 def make_card(experiment, students, formats, verified, licence):
@@ -36,6 +49,7 @@ def make_card(experiment, students, formats, verified, licence):
         "directory": "DIR",
         "num_steps": first.num_steps,
         "w": min(max(1.0, low), high),
+        "scale": 1.0 + min(max(1.0, low), high),
         "labels": ", ".join(map(str, range(num))),
         "num": num,
         "shape": ", ".join(map(str, first.model.sample_shape)),

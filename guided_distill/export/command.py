@@ -11,13 +11,13 @@ import numpy as np
 
 from guided_distill import pictures
 from guided_distill.errors import UserError
-from guided_distill.export import bundle, card, stablehlo, verify
+from guided_distill.export import bundle, card, pipelines, stablehlo, verify
 from guided_distill.export.student import Student
 from guided_distill.files import read_json
 from guided_distill.teachers import make_module
 from guided_distill.workdir import open_run
 
-FORMATS = ("bundle", "stablehlo")
+FORMATS = ("bundle", "stablehlo", "diffusers")
 _BY_DEFAULT = (1, 2, 4, 8)
 _FIGURES = ("sampler", "num_steps", "nfe", "w", "seconds_per_image", "metrics", "intervals", "num_samples",
             "feature_network", "reference")  # fmt: skip
@@ -37,9 +37,12 @@ def export(config, workdir, *, formats, stages, with_teacher, licence, out):
     if "stablehlo" in formats and importlib.util.find_spec("flatbuffers") is None:
         raise UserError("--formats=stablehlo: jax writes it with flatbuffers; pip install 'guided_distill[export]'")
     this = open_run(config, workdir, create=False)
-    if this.experiment.data.text_length:
-        raise UserError("students of captions cannot be exported yet; --mode=sample draws from their run")
+    if this.stages[0].model.cond_fields and tuple(formats) != ("diffusers",):
+        raise UserError("students of captions leave as --formats=diffusers alone, where they are of latents; "
+                        "--mode=sample draws from their run")  # fmt: skip
     students = _students(this, stages, with_teacher)
+    if "diffusers" in formats:
+        pipelines.check(this, students)
     unfinished = place.parent / f".{place.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -116,6 +119,9 @@ def _make(form, this, students, directory, config, licence):
         about = {"data": this.experiment.data.name, "licence": licence, "config": _without_paths(config)}
         bundle.write(directory, students, this.grid.num_intervals, batch_size, about)
         deviations = verify.bundle(directory, students, this.grid, batch_size)
+    elif form == "diffusers":
+        pipelines.write(directory, this, students, _say)
+        deviations = verify.pipelines(directory, students, this.grid)
     else:
         stablehlo.write(directory, students, this.grid)
         deviations = verify.stablehlos(directory, students, this.grid)
@@ -139,13 +145,13 @@ def _without_paths(config):
 
 
 def _write_card(this, students, directory, formats, verified, licence):
-    num = min(10, this.stages[0].model.num_classes)
+    num = min(10, this.stages[0].model.num_labels(this.conditions))
     rows = []
     for student in students:
         steps, w = student.num_steps or min(this.grid.num_intervals, 32), np.clip(1.0, *student.w_range)
         x = student.sample(this.grid, this.mesh, num_steps=steps, w=w, labels=np.arange(num), num=num, seed=0,
-                           batch_size=this.experiment.evaluate.batch_size)  # fmt: skip
-        rows.append((f"{student.name}, {steps} step{'s' * (steps != 1)}, w = {w:g}", x))
+                           batch_size=this.experiment.evaluate.batch_size, conditions=this.conditions)  # fmt: skip
+        rows.append((f"{student.name}, {steps} step{'s' * (steps != 1)}, w = {w:g}", this.shown(x)))
     groups = [("the same noise in each column", rows)]
     pictures.save_png(directory / "samples.png", pictures.comparison(groups, this.experiment.data.name))
     text = card.make_card(this.experiment, students, formats, verified, licence)

@@ -32,22 +32,23 @@ class Student:
             raise UserError(f"num_steps = {num_steps}: {self.name} takes {self.num_steps}")
         return num_steps
 
-    def check(self, w, labels):
+    def check(self, w, labels, conditions=None):
         """Raises UserError for a w outside the trained range, and for labels that are no classes."""
         low, high = self.w_range
         if not low <= w <= high:
             raise UserError(f"w = {w:g} is outside the trained range [{low:g}, {high:g}] of {self.name}")
         for label in () if labels is None else np.ravel(labels):
-            if label != int(label) or not 0 <= label < self.model.num_classes:
-                raise UserError(f"labels: {label} is outside the classes 0 ... {self.model.num_classes - 1}")
+            if label != int(label) or not 0 <= label < self.model.num_labels(conditions):
+                last = self.model.num_labels(conditions) - 1
+                raise UserError(f"labels: {label} is outside the classes 0 ... {last}")
 
-    def sample(self, grid, mesh, *, num_steps, w, labels, num, seed, batch_size):
+    def sample(self, grid, mesh, *, num_steps, w, labels, num, seed, batch_size, conditions=None):
         """Images x f32 [num, *S] of the seed: `generate.sample_images` of this student, as one host array.
 
-        `labels` are repeated over the images; None draws them from the seed. Batches are rounded up to a multiple of
-        the devices.
+        `labels` are repeated over the images; None draws them from the seed. `conditions` as there. Batches are rounded
+        up to a multiple of the devices.
         """
-        self.check(w, labels)
+        self.check(w, labels, conditions)
         batch_size = -(-min(batch_size, num) // mesh.size) * mesh.size
         batches = generate.sample_images(
             self.model,
@@ -60,6 +61,7 @@ class Student:
             num_steps=self.steps(num_steps, grid),
             batch_size=batch_size,
             labels=None if labels is None else np.resize(np.asarray(labels, np.int32), num),
+            conditions=conditions,
             sampler=self.sampler,
         )
         return np.concatenate([x for _, _, x in batches])

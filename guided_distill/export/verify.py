@@ -21,7 +21,12 @@ from guided_distill.errors import UserError
 from guided_distill.export import stablehlo
 
 BATCHES = (2, 5)
-_BOUNDS = {"bundle": {"float32": 0.0, "bfloat16": 0.0}, "stablehlo": {"float32": 1e-5, "bfloat16": 0.1}}
+_BOUNDS = {
+    "bundle": {"float32": 0.0, "bfloat16": 0.0},
+    "stablehlo": {"float32": 1e-5, "bfloat16": 0.1},
+    "diffusers": {"float32": 1e-4, "bfloat16": 0.1},
+}
+_ROUNDED = 0.5  # of a pipeline that goes through other times than those trained at: only a different model is further
 _LOGSNRS = (-20.0, -3.0, 0.0, 3.0, 20.0)
 
 _OF_BUNDLE = """
@@ -56,8 +61,54 @@ np.savez(out, **made)
 """
 
 
+# Noise and embedded captions go in, latents come out; every call of the network is counted.
+_OF_DIFFUSERS = """
+import pathlib, sys
+import numpy as np
+import torch
+from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
+
+directory, inputs, out = sys.argv[1:]
+given, made = np.load(inputs), {}
+names = sorted({key.split("/")[0] for key in given.files})
+for name in names:
+    folder = pathlib.Path(directory) / "diffusers" / name
+    kind = StableDiffusionInpaintPipeline if f"{name}/masked" in given else StableDiffusionPipeline
+    pipeline = kind.from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    calls = []
+    pipeline.unet.register_forward_hook(lambda module, args, result: calls.append(len(args[0])))
+    steps, count = int(given[f"{name}/num_steps"]), len(given[f"{name}/w"])
+    for i in range(count):
+        calls.clear()
+
+        def channels_first(key):
+            return torch.tensor(np.moveaxis(given[f"{name}/{key}"][i : i + 1], -1, 1).copy())
+
+        hole = {}
+        if f"{name}/masked" in given:
+            mask = channels_first("mask").repeat_interleave(pipeline.vae_scale_factor, 2)
+            mask = mask.repeat_interleave(pipeline.vae_scale_factor, 3)
+            hole = {"image": mask.repeat(1, 3, 1, 1), "mask_image": mask, "strength": 1.0}
+            hole |= {"masked_image_latents": channels_first("masked"), "height": mask.shape[2], "width": mask.shape[3]}
+        latents = pipeline(
+            prompt_embeds=torch.tensor(given[f"{name}/text"][i : i + 1]),
+            latents=channels_first("noise"),
+            num_inference_steps=steps,
+            guidance_scale=1.0 + float(given[f"{name}/w"][i]),
+            output_type="latent",
+            **hole,
+        ).images
+        assert calls == [1] * steps, f"{calls} calls of the network for {steps} steps"
+        made[f"{name}/{i}"] = np.moveaxis(latents.numpy(), 1, -1)
+np.savez(out, **made)
+"""
+
+
 def bound(form, student):
     """The largest deviation that an artefact of this form may have from the live student."""
+    if form == "diffusers" and student.model.schedule.num_betas % student.num_steps:
+        return _ROUNDED
     dtype = (student.network or {}).get("dtype", "float32")
     return _BOUNDS[form][dtype]
 
@@ -106,6 +157,33 @@ def stablehlos(directory, students, grid):
         function = name.partition("/")[0]
         deviations[function] = max(deviations.get(function, 0.0), deviation(made[name], value))
     return deviations
+
+
+def pipelines(directory, students, grid):
+    """{name: deviation} of the latents that stock pipelines end with from those of the live samplers.
+
+    The same noise, text embedded at random, several w, one picture at a time. Raises UserError where a pipeline calls
+    its network more than once a step.
+    """
+    mesh = sharding.make_mesh(_cpus()[:1])
+    grid, inputs, expected = sharding.place(mesh, jax.device_get(grid)), {}, {}
+    for student in students:
+        live, strengths = _on(mesh, student), np.asarray(_strengths(student), np.float32)
+        num, rng = len(strengths), np.random.default_rng(0)
+        fields = [(name, shape) for name, shape, _ in student.model.cond_fields if name != "null_text"]
+        fields.append(("noise", student.model.sample_shape))
+        given = {name: rng.normal(size=(num, *shape)).astype(np.float32) for name, shape in fields} | {"w": strengths}
+        if "mask" in given:
+            given["mask"] = (given["mask"] > 0.0).astype(np.float32)
+        run = generate.compiled(live.model.static(), samplers.SAMPLERS[student.sampler], mesh)
+        cond = {name: values for name, values in given.items() if name != "noise"}
+        expected[student.name] = run(live.model.params, grid, None, cond, np.int32(student.num_steps), given["noise"])
+        inputs |= {f"{student.name}/{name}": values for name, values in given.items()}
+        inputs[f"{student.name}/num_steps"] = np.int32(student.num_steps)
+    made = _in_a_fresh_process(_OF_DIFFUSERS, directory, inputs, {})
+    return {
+        name: max(deviation(made[f"{name}/{i}"], x[i : i + 1]) for i in range(len(x))) for name, x in expected.items()
+    }
 
 
 def deviation(ours, theirs):
