@@ -42,7 +42,7 @@ def write_pipeline(folder, channels=4):
         "attention_head_dim": 2,
     }
     vae = {
-        "block_out_channels": (8, 8),
+        "block_out_channels": (8, 16),
         "layers_per_block": 1,
         "down_block_types": ("DownEncoderBlock2D",) * 2,
         "up_block_types": ("UpDecoderBlock2D",) * 2,
