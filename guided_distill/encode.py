@@ -20,6 +20,7 @@ from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
 from guided_distill.files import read_json, write_whole
 from guided_distill.latent_space import open_space
+from guided_distill.tfds_files import open_set, open_split
 
 _SHARD = 1024  # records
 _CHUNK = 64  # pictures that are decoded and encoded at a time
@@ -87,9 +88,9 @@ def _splits(config, source, side):
             return {"train": whole, "test": None}
         train, test = data.held_out(whole, config.holdout)
         return {"train": train, "test": test}
-    of = dataclasses.replace(config, name=source, text_length=0)
+    builder = open_set(source, config.data_dir)
     opened = {
-        split: pairs.ResizedRecords(data.open_tfds(of, key), side, 3)
+        split: pairs.ResizedRecords(open_split(builder, source, key, getattr(config, key)), side, 3)
         for split, key in (("train", "train_split"), ("test", "test_split"))
         if split == "train" or not config.holdout
     }

@@ -16,10 +16,12 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from guided_distill.data import SMALL_SETS, DataConfig, find_builder, has_array_record
+from guided_distill.data import DataConfig
 from guided_distill.errors import UserError
 from guided_distill.factories import is_factory
 from guided_distill.pairs import crop_and_resize
+from guided_distill.small_sets import SMALL_SETS
+from guided_distill.tfds_files import find_builder, has_array_record
 
 
 def prepare(config: DataConfig) -> None:

@@ -152,13 +152,15 @@ def test_a_set_with_a_test_split_holds_nothing_out():
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_what_is_held_out_is_not_trained_on(in_memory):
-    source = data.ArraySource(np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1), np.arange(10), np.arange(10)[:, None])
+    images, words = np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1), tuple("abcdefghij")
+    source = data.ArraySource(images, np.arange(10), np.arange(10)[:, None], words)
     if not in_memory:
         whole, source = source, mock.MagicMock()
         source.__len__.return_value = 10
         source.__getitems__ = lambda indices: [whole[i] for i in indices]
     train, test = data.held_out(source, 4)
     assert read_tokens(test)[:, 0].tolist() == [0, 4, 8]
+    assert data.read_captions(test) == ["a", "e", "i"]
     assert read_tokens(train)[:, 0].tolist() == [1, 2, 3, 5, 6, 7, 9]
     assert read_range(train, 2, 4)["label"].tolist() == [3, 5]
 

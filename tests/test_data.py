@@ -9,7 +9,7 @@ import pytest
 import shapes
 
 from guided_distill import data
-from guided_distill.data import ArraySource, DataConfig, TfdsSource, load_dataset, make_batches, read_range
+from guided_distill.data import ArraySource, DataConfig, RecordSource, load_dataset, make_batches, read_range
 from guided_distill.errors import UserError
 
 DIGITS = DataConfig("digits", 8, 1, 10)
@@ -41,7 +41,7 @@ def shapes_train(request, monkeypatch):
     if request.param == "disk":
         monkeypatch.setattr(data, "_IN_MEMORY_BYTES", 0)
     train = load_dataset(SHAPES).train
-    assert isinstance(train, ArraySource if request.param == "memory" else TfdsSource)
+    assert isinstance(train, ArraySource if request.param == "memory" else RecordSource)
     return train
 
 
