@@ -38,6 +38,7 @@ class Entry:
             name = "teacher" if self.sampler == "deterministic" else self.sampler
             return f"{name} {self.num_steps}x{self.stage.model.calls_per_step} {calls}"
         series = {"": "stage 1", "det": "student", "sto": "stochastic student", "two": "two students"}
+        series["consistency"] = "consistency student"
         name = series.get(self.stage.series, self.stage.series)
         low, high = self.stage.w_range
         return f"{name}{f' of w {low:g}' * (low == high)} {self.num_steps} {calls}"
@@ -65,8 +66,9 @@ def make_entries(experiment, stages):
     entries += [Entry(guided, n, sampler) for sampler in ("deterministic", *config.baselines) for n in few]
     for first in (stage for stage in students if not stage.series):
         entries += [Entry(first, n) for n in few]
-    rounds = [stage for stage in students if stage.series and stage.sampler != "encode" and stage.num_steps in few]
-    return entries + [Entry(stage, stage.num_steps, stage.sampler) for stage in rounds]
+    taught = [stage for stage in students if stage.series and stage.sampler != "encode"]
+    steps = {stage.name: stage.steps(experiment.stage2.teacher_steps) for stage in taught}
+    return entries + [Entry(stage, n, stage.sampler) for stage in taught for n in few if n in steps[stage.name]]
 
 
 def work(experiment, stages):
