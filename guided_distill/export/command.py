@@ -40,6 +40,8 @@ def export(config, workdir, *, formats, stages, with_teacher, licence, out):
     if this.experiment.data.text_length:
         raise UserError("students of captions cannot be exported yet; --mode=sample draws from their run")
     students = _students(this, stages, with_teacher)
+    if "stablehlo" in formats:
+        stablehlo.check(students)
     unfinished = place.parent / f".{place.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -99,8 +101,8 @@ def _student(this, stage, name, rows):
     ours = stage.model.model_fn is bundle.make_model_fn(module)
     return Student(
         name=name,
-        series=name.rpartition("_")[0] if stage.series else name,
-        num_steps=stage.num_steps if stage.series else None,
+        series=stage.asked_for if stage.series else name,
+        num_steps=None if stage.any_steps else stage.num_steps,
         sampler=stage.sampler,
         w_range=tuple(stage.w_range),
         model=dataclasses.replace(stage.model, params=this.params_of(stage)),
