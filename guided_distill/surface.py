@@ -38,7 +38,6 @@ class Entry:
             name = "teacher" if self.sampler == "deterministic" else self.sampler
             return f"{name} {self.num_steps}x{self.stage.model.calls_per_step} {calls}"
         series = {"": "stage 1", "det": "student", "sto": "stochastic student", "two": "two students"}
-        series["consistency"] = "consistency student"
         name = series.get(self.stage.series, self.stage.series)
         low, high = self.stage.w_range
         return f"{name}{f' of w {low:g}' * (low == high)} {self.num_steps} {calls}"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import quick_config
 
-from guided_distill import pipeline, transfer
+from guided_distill import pipeline, sample, transfer
 from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
 from guided_distill.samplers import DRAWS_NOISE
@@ -104,6 +104,13 @@ def test_every_series_is_trained_and_measured_and_the_encoder_transfers(tmp_path
     run = pipeline.open_run(config, tmp_path)
     leaves = [jax.tree.leaves(run.params_of(run.stage(name))) for name in ("stage2_det_0001", "stage2_sto_0001")]
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(*leaves, strict=True))
+
+    asked = {"series": "consistency", "w": 1.0, "labels": None, "num": 3, "seed": 0, "out": str(tmp_path / "x.npz")}
+    for num_steps in (1, 2, 4):
+        sample.sample(config, tmp_path, num_steps=num_steps, **asked)
+        assert np.isfinite(np.load(asked["out"])["x"]).all()
+    with pytest.raises(UserError, match=r"in series consistency; .*: 1 \(consistency\), 2"):
+        sample.sample(config, tmp_path, num_steps=3, **asked)
 
     transfer.transfer(config, tmp_path, target=tmp_path, w=0.0)
     rows = json.loads((tmp_path / "transfer.json").read_text())["rows"]
