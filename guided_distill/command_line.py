@@ -31,7 +31,8 @@ NUM_STEPS = flags.DEFINE_integer("num_steps", 4, "sample: network evaluations pe
 SERIES = flags.DEFINE_string(
     "series",
     None,
-    "sample: the series of the student (det, sto, two, tract, or det_w1 of one w); the first trained by default.",
+    "sample: the series of the student (det, sto, two, tract, consistency, or det_w1 of one w); the first trained by "
+    "default.",
 )
 W = flags.DEFINE_float("w", 1.0, "sample, transfer: guidance strength.")
 LABELS = flags.DEFINE_list("labels", None, "sample: classes, repeated over the images; drawn from the seed by default.")

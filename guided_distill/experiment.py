@@ -70,8 +70,9 @@ class Stage2Config(Training):
 
     `num_steps` names other rounds, as (8, 2, 1). Rounds whose student takes a number of steps listed in
     `final_num_steps` train for `final_updates`. `series` names what is trained: students of the deterministic ("det")
-    and the stochastic sampler ("sto"), an encoder ("encode"), the two-student baseline ("two"), and students by groups
-    of steps ("tract"), whose moving average, of decay `self_ema`, teaches them.
+    and the stochastic sampler ("sto"), an encoder ("encode"), the two-student baseline ("two"), students by groups of
+    steps ("tract"), and one student for all numbers of steps ("consistency"), trained for as long as that of one step;
+    the last two are taught by their own moving average, of decay `self_ema`.
     """
 
     series: tuple[str, ...] = ("det",)
@@ -93,6 +94,12 @@ class Stage2Config(Training):
         while steps[-1] > 1:
             steps.append(steps[-1] // 2)
         return steps
+
+    def steps_of_students(self):
+        """The numbers of steps, fewer than the first teacher's, that there is some student for."""
+        if "consistency" in self.series:
+            return [n for n in range(self.teacher_steps // 2, 0, -1) if self.teacher_steps % n == 0]
+        return self.rounds()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +196,8 @@ class Experiment:
         return {name: getattr(self, name).batch_size for name in groups}
 
 
-SERIES = ("det", "sto", "encode", "two", "tract")
+SERIES = ("det", "sto", "encode", "two", "tract", "consistency")
+_SELF_TAUGHT = ("tract", "consistency")
 FEATURES = ("classifier", *NETWORKS)
 _PLANS = ("fixed", "auto")
 _TEACHER_DTYPES = ("float32", "bfloat16")
@@ -273,8 +281,8 @@ def _check(experiment):
             if not stage1.w_min <= w <= stage1.w_max:
                 raise UserError(f"config.{key} holds {w}, outside the trained range [{stage1.w_min}, {stage1.w_max}]")
     for num_steps in experiment.evaluate.num_steps:
-        if num_steps not in experiment.stage2.rounds():
-            trained = ", ".join(map(str, experiment.stage2.rounds()))
+        if num_steps not in experiment.stage2.steps_of_students():
+            trained = ", ".join(map(str, experiment.stage2.steps_of_students()))
             raise UserError(f"config.evaluate.num_steps holds {num_steps}; students are trained for {trained}")
     for name in experiment.evaluate.baselines:
         if name not in BASELINES:
@@ -331,7 +339,7 @@ def _check_rounds(stage2):
                 f"config.stage2.num_steps: {before} -> {after} is no round; each number must divide the one before it, "
                 f"from teacher_steps = {teacher_steps} on"
             )
-        if before != 2 * after and (only := [s for s in stage2.series if s not in ("det", "tract")]):
+        if before != 2 * after and (only := [s for s in stage2.series if s in ("sto", "encode", "two")]):
             raise UserError(f"config.stage2.num_steps: {before} -> {after}: series {only[0]!r} only halves")
 
 
@@ -344,10 +352,11 @@ def _check_plan(rounds, series):
         raise UserError(f"config.rounds.gate_least_fall is {rounds.gate_least_fall}; it must be from 0 to below 1")
     if rounds.gate_most_left is not None and not rounds.gate_most_left > 0.0:
         raise UserError(f"config.rounds.gate_most_left is {rounds.gate_most_left}; it must be above 0")
-    if "tract" in series and (rounds.plan == "auto" or rounds.gate_every or rounds.gate_most_left is not None):
+    alone = [name for name in series if name in _SELF_TAUGHT]
+    if alone and (rounds.plan == "auto" or rounds.gate_every or rounds.gate_most_left is not None):
         raise UserError(
-            "config.rounds has a plan or a gate, which go by the gap to the teacher; series 'tract' learns from its "
-            "own average, so that its gap says little: give it config.stage2.updates"
+            f"config.rounds has a plan or a gate, which go by the gap to the teacher; series {alone[0]!r} learns from "
+            "its own average, so that its gap says little: give it config.stage2.updates"
         )
 
 

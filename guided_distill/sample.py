@@ -184,11 +184,11 @@ def _conditions(this, captions, painted):
 
 
 def _student(this, num_steps, series):
-    # A student of one w is asked for by --series, as the name of its stage says: det_w1.
     trained = {
-        (stage.name.removeprefix("stage2_").rpartition("_")[0], stage.num_steps): stage
+        (stage.asked_for, n): stage
         for stage in this.stages
         if stage.series and stage.sampler != "encode" and this.finished(stage)
+        for n in stage.steps(this.grid.num_intervals)
     }
     series = series or next((name for name, _ in trained), this.experiment.stage2.series[0])
     if (series, num_steps) not in trained:

@@ -88,6 +88,19 @@ def stochastic(denoiser, grid, z, cond, num_steps, keys=None, *, clip=None):
     return _descend(denoiser, grid, z, cond, num_steps, clip, advance)
 
 
+def renoising(denoiser, grid, z, cond, num_steps, keys=None, *, clip=None):
+    """Fresh noise on x_hat, z_s = alpha_s x_hat + sigma_s eps, in N evaluations (arXiv 2303.01469, algorithm 1).
+
+    For students whose x_hat is where the flow ends, not the mean of where it may: those of consistency distillation.
+    """
+
+    def advance(at, i, z, prediction, x_before):
+        at_s = at(i - 1)
+        return diffusion.diffuse(prediction.x, step_noise(keys, i, z), at_s.alpha, at_s.sigma)
+
+    return _descend(denoiser, grid, z, cond, num_steps, clip, advance)
+
+
 def ancestral(denoiser, grid, z, cond, num_steps, keys=None, *, clip=None):
     """DDPM's sampler in N evaluations, the noise interpolated in log variance (arXiv 2207.12598, eq. 3 and 4).
 
@@ -171,13 +184,14 @@ def encode(denoiser, grid, z, cond, num_steps, keys=None, *, clip=None):
 SAMPLERS = {
     "deterministic": deterministic,
     "stochastic": stochastic,
+    "renoising": renoising,
     "ancestral": ancestral,
     "dpm_solver_pp_2m": dpm_solver_pp_2m,
     "heun": heun,
     "encode": encode,
 }
 BASELINES = ("ancestral", "dpm_solver_pp_2m", "heun")  # what the teacher is sampled with besides
-DRAWS_NOISE = ("stochastic", "ancestral")  # whose images are no function of the first noise alone
+DRAWS_NOISE = ("stochastic", "renoising", "ancestral")  # whose images are no function of the first noise alone
 
 
 def network_calls(sampler, num_steps):

@@ -10,6 +10,7 @@ from guided_distill import guidance
 from guided_distill.experiment import Experiment, Training
 from guided_distill.objectives import (
     Knobs,
+    make_consistency,
     make_denoise,
     make_encode,
     make_stage1,
@@ -32,7 +33,7 @@ class Stage:
     init: Callable  # (key, mesh=None) -> first weights of that network, on a mesh where there is one
     parent: str | None  # the stage whose weights teach it, and which it starts from unless `from_scratch`
     teacher: guidance.Teacher | None  # static: the parent's network
-    teacher_calls: int  # evaluations per example besides the student's own; for tract its average's are among them
+    teacher_calls: int  # evaluations per example besides the student's own, those of an average that teaches among them
     num_steps: int  # of the sampler this stage trains or, before stage two, is looked at with
     w_range: tuple[float, float]
     series: str = ""  # of stage two
@@ -41,7 +42,24 @@ class Stage:
     @property
     def sampler(self):
         """The sampler this stage is trained for, a key of samplers.SAMPLERS."""
-        return {"sto": "stochastic", "encode": "encode"}.get(self.series, "deterministic")
+        trained_for = {"sto": "stochastic", "encode": "encode", "consistency": "renoising"}
+        return trained_for.get(self.series, "deterministic")
+
+    @property
+    def any_steps(self):
+        """Whether one network serves every number of steps, rather than `num_steps` alone."""
+        return self.series in ("", "consistency")
+
+    def steps(self, num_intervals):
+        """The numbers of steps that it is sampled in, on a grid of so many intervals."""
+        divisors = [n for n in range(1, num_intervals + 1) if num_intervals % n == 0]
+        return divisors if self.any_steps else [self.num_steps]
+
+    @property
+    def asked_for(self):
+        """What --series calls a student of stage two: its series, and where it is of one w alone that too: det_w1."""
+        name = self.name.removeprefix("stage2_")
+        return name if self.any_steps else name.rpartition("_")[0]
 
     @property
     def work_per_update(self):
@@ -53,19 +71,27 @@ class Stage:
         return workdir / f"{self.position:02d}_{self.name}"
 
 
+_WITHOUT_STAGE_ONE = {"two", "consistency"}  # series that the guided teacher teaches itself
+
+
 def make_stages(experiment: Experiment, outside=None) -> list[Stage]:
     """teacher [-> to_v] -> stage1 -> for each series, its rounds stage2_<series>_<N>, N falling.
 
-    `outside` is a Teacher given in place of the experiment's own.
+    Consistency distillation is one stage, stage2_consistency. Stage one is there where it teaches. `outside` is a
+    Teacher given in place of the experiment's own.
     """
     stages = [_teacher(experiment, outside)]
     if experiment.to_v.updates:
         stages.append(_to_v(experiment, stages[0]))
     guided = stages[-1]
     stage1 = _stage1(experiment, guided, outside)
-    stages.append(stage1)
+    if set(experiment.stage2.series) - _WITHOUT_STAGE_ONE:
+        stages.append(stage1)
     for series in experiment.stage2.series:
-        stages += _rounds(experiment, guided if series == "two" else stage1, series)
+        if series == "consistency":
+            stages.append(_consistency(experiment, stage1))
+        else:
+            stages += _rounds(experiment, guided if series == "two" else stage1, series)
     for w in experiment.stage1.single_w:
         first = _single_w(experiment, guided, w)
         stages += [first, *_rounds(experiment, first, "det")]
@@ -158,6 +184,20 @@ def _stage1(experiment, guided, outside):
         num_steps=guided.num_steps,
         w_range=_whole_range(experiment),
         from_scratch=from_scratch,
+    )
+
+
+def _consistency(experiment, stage1):
+    """One network for every number of steps, in the place of stage one: it too begins as the teacher, and is told w."""
+    config = experiment.stage2
+    return dataclasses.replace(
+        stage1,
+        name="stage2_consistency",
+        objective=make_consistency(weighting=experiment.weighting, num_times=config.teacher_steps),
+        training=dataclasses.replace(config, updates=config.updates_of(1), ema=config.self_ema),
+        teacher_calls=stage1.teacher_calls + 1,
+        num_steps=1,
+        series="consistency",
     )
 
 

@@ -65,8 +65,9 @@ def make_entries(experiment, stages):
     entries += [Entry(guided, n, sampler) for sampler in ("deterministic", *config.baselines) for n in few]
     for first in (stage for stage in students if not stage.series):
         entries += [Entry(first, n) for n in few]
-    rounds = [stage for stage in students if stage.series and stage.sampler != "encode" and stage.num_steps in few]
-    return entries + [Entry(stage, stage.num_steps, stage.sampler) for stage in rounds]
+    taught = [stage for stage in students if stage.series and stage.sampler != "encode"]
+    steps = {stage.name: stage.steps(experiment.stage2.teacher_steps) for stage in taught}
+    return entries + [Entry(stage, n, stage.sampler) for stage in taught for n in few if n in steps[stage.name]]
 
 
 def work(experiment, stages):

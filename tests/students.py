@@ -15,7 +15,7 @@ from guided_distill.export.student import Student
 from guided_distill.teachers import initial_params, make_model, make_module
 
 BATCH = 8
-SAMPLERS = {"det": "deterministic", "sto": "stochastic"}
+SAMPLERS = {"det": "deterministic", "sto": "stochastic", "consistency": "renoising"}
 
 
 def experiments():
@@ -30,9 +30,13 @@ def experiments():
 
 
 def make_student(experiment, series="det", num_steps=2, seed=0, devices=None):
-    """A Student, or with series="teacher" a teacher that is guided by two calls, and the grid and mesh it is for."""
+    """A Student, or with series="teacher" a teacher that is guided by two calls, and the grid and mesh it is for.
+
+    That teacher and the student of series="consistency" take any number of steps.
+    """
     mesh = sharding.make_mesh(devices)
     taught, parameterisation = series != "teacher", experiment.parameterisation
+    any_steps = series in ("teacher", "consistency")
     module = make_module(experiment, taught, parameterisation)
     fresh = initial_params(experiment, taught, jax.random.key(seed))
     leaves, tree = jax.tree.flatten(fresh)
@@ -40,9 +44,9 @@ def make_student(experiment, series="det", num_steps=2, seed=0, devices=None):
     params = tree.unflatten([leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32) for leaf in leaves])
     model = make_model(experiment, w_conditioned=taught)
     student = Student(
-        name=f"{series}_{num_steps:04d}" if taught else series,
+        name=series if any_steps else f"{series}_{num_steps:04d}",
         series=series,
-        num_steps=num_steps if taught else None,
+        num_steps=None if any_steps else num_steps,
         sampler=SAMPLERS.get(series, "deterministic"),
         w_range=(0.0, 4.0),
         model=dataclasses.replace(model, params=sharding.place(mesh, params)),

@@ -29,7 +29,7 @@ def write(directory, *students):
 )
 def test_a_bundle_draws_what_its_students_drew_bit_for_bit(kind, tmp_path):
     experiment = experiments()[kind]
-    kinds = [("det", 2), ("det", 1), ("teacher",)] + [("sto", 2)] * (kind == "mlp")
+    kinds = [("det", 2), ("det", 1), ("teacher",)] + [("sto", 2), ("consistency",)] * (kind == "mlp")
     students = [make_student(experiment, *which) for which in kinds]
     loaded = guided_distill.load(write(tmp_path, *students))
     for student, grid, mesh in students:

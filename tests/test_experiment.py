@@ -1,9 +1,11 @@
 import importlib
 import pathlib
 
+import jax
 import pytest
 from tiny import tiny_config
 
+from configs import cifar10_small
 from guided_distill import pipeline
 from guided_distill.differences import differing_keys
 from guided_distill.errors import UserError
@@ -41,6 +43,15 @@ def test_the_papers_configs_have_the_papers_numbers():
     assert (cifar.stage2.learning_rate, imagenet.stage2.learning_rate) == (5e-5, 1e-4)
     assert cifar.stage2.updates_of(512) == 50_000 and cifar.stage2.updates_of(2) == 100_000
     assert (imagenet.stage1.w_min, imagenet.stage1.w_max) == (0.0, 4.0)
+
+
+@pytest.mark.parametrize(("size", "least", "most"), [("gpu", 3.5e6, 4e6), ("cores", 0.8e6, 1e6)])
+def test_cifar10_is_there_in_small_sizes(size, least, most):
+    stages = make_stages(from_config(cifar10_small.get_config(size).to_dict()))
+    student = shapes_of(stages[-1].init)
+    assert least < sum(leaf.size for leaf in jax.tree.leaves(student)) < most
+    with pytest.raises(ValueError, match="configs/cifar10_small.py:tpu: the sizes are gpu, cores"):
+        cifar10_small.get_config("tpu")
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,27 @@ def test_stochastic_sampling_with_the_exact_flow_map_is_exact_at_every_number_of
             np.testing.assert_array_equal(np.flatnonzero(x[1][1:]) + 1, np.arange(2, num_steps + 1))
 
 
+def test_renoising_with_the_exact_end_of_the_flow_is_exact_at_every_number_of_steps(monkeypatch):
+    def make_student(schedule, num_steps):
+        return analytic.flow_student(schedule, analytic.constant(MEAN, STD), jnp.zeros_like)
+
+    response = impulses(monkeypatch, samplers.renoising, make_student, most=16)
+    for schedule in SCHEDULES:
+        for num_steps in (1, 2, 4, 8, 16):
+            x = response(diffusion.make_grid(schedule, 16), num_steps)
+            assert moments(x, schedule) == pytest.approx([MEAN, STD], abs=1e-4), (schedule, num_steps)
+            # As often as there is a step to come: after the evaluations at i = N .. 2.
+            np.testing.assert_array_equal(np.flatnonzero(x[1][1:]) + 1, np.arange(2, num_steps + 1))
+
+
+def test_renoising_in_one_step_is_one_evaluation():
+    denoiser = analytic.gaussian(COSINE, analytic.constant(MEAN, STD))
+    grid = jax.tree.map(jnp.asarray, diffusion.make_grid(COSINE, 16))
+    z, keys = jnp.linspace(-2.0, 2.0, 8)[:, None], jax.random.split(jax.random.key(0), 8)
+    expected = denoiser(z, jnp.full(8, grid.logsnr[16]), {}).x
+    np.testing.assert_array_equal(samplers.renoising(denoiser, grid, z, {}, 1, keys), expected)
+
+
 def test_ancestral_sampling_keeps_the_mean_and_tends_to_the_std_in_first_order(monkeypatch):
     def make_denoiser(schedule, num_steps):
         return analytic.gaussian(schedule, analytic.constant(MEAN, STD))
@@ -314,7 +335,7 @@ def test_all_but_the_encoder_clip():
 
 
 def test_image_k_has_the_same_bits_in_any_batch():
-    sample = make_sample(["stochastic", "ancestral"])
+    sample = make_sample(samplers.DRAWS_NOISE)
     together = sample(range(8))
     for index in ([5], [3, 7, 0, 2, 1, 6, 5, 4]):
         for name, x in sample(index).items():

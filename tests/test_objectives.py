@@ -15,6 +15,7 @@ from guided_distill.guidance import classifier_free
 from guided_distill.objectives import (
     Knobs,
     draws,
+    make_consistency,
     make_denoise,
     make_encode,
     make_stage1,
@@ -101,6 +102,7 @@ OBJECTIVES = {
     "encode": make_encode(weighting="snr_trunc"),
     "two_student": make_two_student(weighting="snr_trunc", null_cond=null_cond),
     "tract": make_tract(weighting="snr_trunc", group=2),
+    "consistency": make_consistency(weighting="snr_trunc", num_times=8),
 }
 
 
@@ -133,6 +135,7 @@ DISCRETE_TIMES = {
     "two_student": np.arange(1, NUM_STEPS + 1),
     "encode": np.arange(NUM_STEPS),
     "tract": np.arange(1, 2 * NUM_STEPS + 1) / 2,
+    "consistency": np.arange(1, 9) / 8 * NUM_STEPS,
 }
 
 

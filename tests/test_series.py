@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from tiny import quick_config
 
-from guided_distill import pipeline, transfer
+from guided_distill import pipeline, sample, transfer
 from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
+from guided_distill.samplers import DRAWS_NOISE
 from guided_distill.stages import make_stages
 
 ALL = {
-    "stage2.series": ("det", "sto", "encode", "two", "tract"),
+    "stage2.series": ("det", "sto", "encode", "two", "tract", "consistency"),
     "stage1.single_w": (4.0,),
     "evaluate.num_steps": (1, 2),
     "evaluate.baselines": ("ancestral", "heun"),
@@ -35,6 +36,7 @@ def test_stages_fork_from_stage_one_and_two_students_from_the_teacher():
         "encode_0002": "stage1",
         "encode_0001": "encode_0002",
         "stage2_two_0002": "to_v",
+        "stage2_consistency": "to_v",
         "stage1_w4": "to_v",
         "stage2_det_w4_0002": "stage1_w4",
     }
@@ -51,12 +53,23 @@ def test_stages_fork_from_stage_one_and_two_students_from_the_teacher():
     assert stages["stage2_det_0002"].teacher == stages["stage2_det_0001"].teacher != stages["stage1"].model
     assert stages["encode_0002"].teacher == stages["stage1"].model
     assert stages["stage2_det_0002"].objective is stages["stage2_det_w4_0002"].objective
+    # The consistency student is the stage-one network, taught by the same two calls and by its own average.
+    one_for_all = stages["stage2_consistency"]
+    assert one_for_all.model == stages["stage1"].model and one_for_all.teacher == stages["stage1"].teacher
+    assert (one_for_all.teacher_calls, one_for_all.steps(4), one_for_all.training.ema) == (3, [1, 2, 4], 0.5)
+
+
+def test_stage_one_is_not_trained_where_it_teaches_nothing():
+    values = {"stage2.num_steps": (1,), "stage2.series": ("consistency",), "evaluate.num_steps": (1, 2)}
+    stages = make_stages(from_config(quick_config(**values)))
+    assert [(stage.name, stage.parent) for stage in stages] == [("teacher", None), ("stage2_consistency", "teacher")]
 
 
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"stage2.series": ("dot",)}, "config.stage2.series holds 'dot'; there are det, sto, encode, two, tract"),
+        ({"stage2.series": ("dot",)}, "'dot'; there are det, sto, encode, two, tract, consistency"),
+        ({"stage2.series": ("consistency",), "evaluate.num_steps": (3,)}, "holds 3; students are trained for 2, 1"),
         ({"stage2.series": ()}, "config.stage2.series is empty"),
         ({"stage2.num_steps": (3, 1)}, "config.stage2.num_steps: 4 -> 3 is no round"),
         ({"stage2.num_steps": (1,), "stage2.series": ("sto",)}, "4 -> 1: series 'sto' only halves"),
@@ -82,14 +95,22 @@ def test_every_series_is_trained_and_measured_and_the_encoder_transfers(tmp_path
     assert rows["stage2_two_0001", "deterministic", 1, 4.0]["nfe"] == 2
     assert rows["stage2_sto_0002", "stochastic", 2, 0.0]["nfe"] == 2
     assert rows["to_v", "heun", 2, 0.0]["nfe"] == 6
+    assert [rows["stage2_consistency", "renoising", n, 4.0]["nfe"] for n in (1, 2)] == [1, 2]
     assert {w for stage, _, _, w in rows if stage == "stage2_det_w4_0001"} == {4.0}
     for (stage, sampler, *_), row in rows.items():
-        assert ("distance_to_reference" in row["metrics"]) == (sampler not in ("stochastic", "ancestral")), stage
+        assert ("distance_to_reference" in row["metrics"]) == (sampler not in DRAWS_NOISE), stage
     assert not any(stage.startswith("encode") for stage, *_ in rows)
 
     run = pipeline.open_run(config, tmp_path)
     leaves = [jax.tree.leaves(run.params_of(run.stage(name))) for name in ("stage2_det_0001", "stage2_sto_0001")]
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(*leaves, strict=True))
+
+    asked = {"series": "consistency", "w": 1.0, "labels": None, "num": 3, "seed": 0, "out": str(tmp_path / "x.npz")}
+    for num_steps in (1, 2, 4):
+        sample.sample(config, tmp_path, num_steps=num_steps, **asked)
+        assert np.isfinite(np.load(asked["out"])["x"]).all()
+    with pytest.raises(UserError, match=r"in series consistency; .*: 1 \(consistency\), 2"):
+        sample.sample(config, tmp_path, num_steps=3, **asked)
 
     transfer.transfer(config, tmp_path, target=tmp_path, w=0.0)
     rows = json.loads((tmp_path / "transfer.json").read_text())["rows"]

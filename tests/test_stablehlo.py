@@ -13,6 +13,7 @@ import pytest
 from students import experiments, make_student
 
 from guided_distill import samplers
+from guided_distill.errors import UserError
 from guided_distill.export import stablehlo, verify
 
 WHAT = [
@@ -56,6 +57,12 @@ def test_the_functions_do_what_the_student_does(kind, series, tmp_path):
         prediction = denoiser(given["noise"], logsnr, cond)
         np.testing.assert_allclose(outputs["x"], prediction.x, atol=1e-5)
         np.testing.assert_allclose(outputs["eps"], prediction.eps, atol=1e-5)
+
+
+def test_a_student_of_any_number_of_steps_is_refused():
+    student, _, _ = make_student(experiments()["mlp"], "consistency")
+    with pytest.raises(UserError, match="--formats=stablehlo: consistency takes any number of steps"):
+        stablehlo.check([student])
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What stage two, its series, the encoder, two students and TRACT teach: exact students, and teachers one can read."""
+"""What the series of stage two teach, from halving to consistency: exact students, and teachers one can read."""
 
 import functools
 
@@ -12,7 +12,15 @@ from test_objectives import COSINE, MOMENTS, NULL, OBJECTIVES, SCHEDULES, make_b
 
 from guided_distill import diffusion, samplers
 from guided_distill.guidance import Teacher, classifier_free, clipped
-from guided_distill.objectives import draws, make_encode, make_stage1, make_stage2, make_tract, make_two_student
+from guided_distill.objectives import (
+    draws,
+    make_consistency,
+    make_encode,
+    make_stage1,
+    make_stage2,
+    make_tract,
+    make_two_student,
+)
 
 B, GROUP = 64, 4
 KEYS = np.arange(B)
@@ -241,6 +249,49 @@ def test_tract_in_pairs_is_stage_two_at_even_steps_and_the_teacher_at_odd_ones()
     assert {j: target for j, target in pairs.items() if j % 4} == {j: j for j in range(2, 16, 4)}
 
 
+# Consistency
+
+
+def to_clean(t):
+    return jnp.zeros_like(t)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_a_consistency_function_is_a_fixed_point_and_one_of_other_steps_is_not(schedule):
+    objective = make_consistency(weighting="snr_trunc", num_times=8)
+    teacher = analytic.gaussian(schedule, lambda cond: (cond["w"] - 1.0, 0.5 + 0.1 * cond["label"]))
+
+    @quick_jit
+    def losses(batch, knobs, keys):
+        students = [analytic.composite_student(schedule, teacher, 1 / n, n, to_clean) for n in (8, 4)]
+        return [
+            objective({"student": student, "teacher": teacher, "target_ema": student}, schedule, batch, knobs, keys)[0]
+            for student in (*students, teacher)
+        ]
+
+    exact, coarser, mean = losses(make_batch(B), make_knobs(schedule), KEYS)
+    assert float(exact.max()) < 1e-6 and float(coarser.mean()) > 1e-4 and float(mean.mean()) > 1e-4
+
+
+def test_the_end_of_the_flow_is_a_consistency_function_of_a_teacher_that_follows_it():
+    objective, moments = make_consistency(weighting="snr_trunc", num_times=8), analytic.constant(0.5, 0.2)
+
+    @quick_jit
+    def loss(batch, knobs, keys):
+        teacher = analytic.exact_student(COSINE, moments, 8)
+        end = analytic.flow_student(COSINE, moments, to_clean)
+        return objective({"student": end, "teacher": teacher, "target_ema": end}, COSINE, batch, knobs, keys)[0]
+
+    assert float(loss(make_batch(B), make_knobs(), KEYS).max()) < 1e-6
+
+
+def test_consistency_asks_the_average_from_every_time_but_the_first_whatever_the_number_of_steps():
+    objective = make_consistency(weighting="snr_trunc", num_times=16)
+    for num_steps in (1, 4):
+        targets = read_targets(objective, num_steps, offset=100.0)
+        assert targets == {1: 1.0, **{j: j - 1 + 100.0 for j in range(2, 17)}}
+
+
 # Two students
 
 
@@ -276,6 +327,7 @@ def test_two_students_are_taught_by_their_guided_combination_and_not_told_w():
 TAUGHT = {
     "stage1": make_stage1(weighting="snr_trunc"),
     **{name: LESSONS[name][0] for name in ("det", "sto", "tract")},
+    "consistency": make_consistency(weighting="snr_trunc", num_times=8),
     "two": make_two_student(weighting="snr_trunc", null_cond=null_cond),
 }
 

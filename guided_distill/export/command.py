@@ -43,6 +43,8 @@ def export(config, workdir, *, formats, stages, with_teacher, licence, out):
     students = _students(this, stages, with_teacher)
     if "diffusers" in formats:
         pipelines.check(this, students)
+    if "stablehlo" in formats:
+        stablehlo.check(students)
     unfinished = place.parent / f".{place.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -102,8 +104,8 @@ def _student(this, stage, name, rows):
     ours = stage.model.model_fn is bundle.make_model_fn(module)
     return Student(
         name=name,
-        series=name.rpartition("_")[0] if stage.series else name,
-        num_steps=stage.num_steps if stage.series else None,
+        series=stage.asked_for if stage.series else name,
+        num_steps=None if stage.any_steps else stage.num_steps,
         sampler=stage.sampler,
         w_range=tuple(stage.w_range),
         model=dataclasses.replace(stage.model, params=this.params_of(stage)),

@@ -10,11 +10,20 @@ import jax.export
 import jax.numpy as jnp
 
 from guided_distill import samplers
+from guided_distill.errors import UserError
 from guided_distill.files import write_whole
 
 VERSION = 1
 PLATFORMS = ("cpu", "cuda", "tpu")
 EXAMPLE = "run_stablehlo.py"
+
+
+def check(students):
+    """Raises UserError for a student without a number of steps of its own to write down."""
+    for student in students:
+        if student.sampler == "renoising":
+            raise UserError(f"--formats=stablehlo: {student.name} takes any number of steps, a program takes one; "
+                            "leave it to --formats=bundle")  # fmt: skip
 
 
 def write(directory, students, grid):

@@ -4,9 +4,9 @@ An Objective is made by a factory with its static options and called as
 
     objective(apply, schedule, batch, knobs, keys [B]) -> (loss [B], {name: [B]})
 
-`apply` holds denoisers ("student", where there is one the frozen "teacher", and for tract "target_ema", the student
-with the moving average of its weights), `batch` is {"x": [B, *S], and the fields of cond}, `knobs` what may change
-between rounds without recompiling.
+`apply` holds denoisers ("student", where there is one the frozen "teacher", and for tract and consistency "target_ema",
+the student with the moving average of its weights), `batch` is {"x": [B, *S], and the fields of cond}, `knobs` what may
+change between rounds without recompiling.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import dataclasses
 import jax
 
 from guided_distill import diffusion
+from guided_distill.objectives.consistency import make_consistency
 from guided_distill.objectives.denoise import make_denoise
 from guided_distill.objectives.encode import make_encode
 from guided_distill.objectives.stage1 import make_stage1
@@ -28,6 +29,7 @@ OBJECTIVES = {
     "encode": make_encode,
     "two_student": make_two_student,
     "tract": make_tract,
+    "consistency": make_consistency,
 }
 
 

@@ -45,7 +45,7 @@ class StagePlan:
     name: str
     group: str  # of the config
     parts: int  # that a batch is accumulated from
-    series_steps: int | None  # N of a student's sampler
+    series_steps: int | None  # N of a student of one number of steps
     updates: int  # 0: taken from elsewhere
     batch_size: int
     parameters: int
@@ -107,7 +107,7 @@ def plan_stage(experiment, stage, parent, place, known):
         name=stage.name,
         group=group,
         parts=parts,
-        series_steps=stage.num_steps if stage.series else None,
+        series_steps=None if stage.any_steps else stage.num_steps,
         updates=0 if experiment.given(stage.name) else stage.training.updates,
         batch_size=stage.training.batch_size,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),

@@ -17,6 +17,7 @@ _STUDENTS = {
     "sto": "stochastic student",
     "two": "two students",
     "tract": "TRACT student",
+    "consistency": "consistency student",
 }
 
 
