@@ -41,11 +41,11 @@ class Student:
             if label != int(label) or not 0 <= label < self.model.num_classes:
                 raise UserError(f"labels: {label} is outside the classes 0 ... {self.model.num_classes - 1}")
 
-    def sample(self, grid, mesh, *, num_steps, w, labels, num, seed, batch_size):
+    def sample(self, grid, mesh, *, num_steps, w, labels, num, seed, batch_size, edit=None):
         """Images x f32 [num, *S] of the seed: `generate.sample_images` of this student, as one host array.
 
-        `labels` are repeated over the images; None draws them from the seed. Batches are rounded up to a multiple of
-        the devices.
+        `labels` are repeated over the images; None draws them from the seed. `edit` is a
+        generate.Edit to go out from. Batches are rounded up to a multiple of the devices.
         """
         self.check(w, labels)
         batch_size = -(-min(batch_size, num) // mesh.size) * mesh.size
@@ -61,5 +61,6 @@ class Student:
             batch_size=batch_size,
             labels=None if labels is None else np.resize(np.asarray(labels, np.int32), num),
             sampler=self.sampler,
+            edit=edit,
         )
         return np.concatenate([x for _, _, x in batches])
