@@ -66,9 +66,9 @@ def page(server, tmp_path_factory):
 
 
 def shown(page, where="drawn"):
-    """[(src, caption)] of the figures that can be seen."""
-    script = "return [...document.querySelectorAll(`#${arguments[0]} figure`)].map(f => [f.children[0].src, f.innerText])"
-    return page.execute_script(script, where)
+    """[(src, caption)] of the figures in an element."""
+    script = "return [...document.querySelectorAll(arguments[0])].map(f => [f.children[0].src, f.innerText])"
+    return page.execute_script(script, f"#{where} figure")
 
 
 def changed(page, before, where="drawn", num=2):
@@ -128,7 +128,8 @@ def memory(process):
 def clients(server):
     import gradio_client
 
-    return [gradio_client.Client(server[0], verbose=False) for _ in range(USERS)]
+    patient = {"timeout": 120}
+    return [gradio_client.Client(server[0], verbose=False, httpx_kwargs=patient) for _ in range(USERS)]
 
 
 def submit(client, **changes):
@@ -156,9 +157,9 @@ def test_twenty_users_at_once_wait_in_turn(server, clients):
 
 
 def test_a_full_queue_says_so(clients):
-    jobs = [submit(clients[k % USERS], seed=k, beside=True) for k in range(4 * WAITING)]
+    jobs = [submit(clients[k % USERS], seed=k, beside=True) for k in range(2 * WAITING)]
     said = {str(job.exception()) for job in jobs if job.exception()}
-    assert len(said) >= 1 and all("queue is full" in text.lower() for text in said), said
+    assert said == {"Queue is full! Please try again."}
     assert submit(clients[0]).result()  # and goes on
 
 

@@ -22,7 +22,13 @@ files with, is all that is needed. `stablehlo/stablehlo.json` lists the function
 (`..._sampler`) and one evaluation (`..._denoiser`), with their named inputs and outputs. The batch is free, and the
 platform cpu, cuda or tpu.
 """
-_USAGE = {"bundle": _BUNDLE, "stablehlo": _STABLEHLO}
+_ONNX = """## With onnxruntime alone
+
+`python run_onnx.py {name}_sampler {w:g}` writes 16 samples to samples.npz; onnxruntime and NumPy are all it needs.
+`onnx/onnx.json` lists the functions, of each student all its steps (`..._sampler`) and one evaluation
+(`..._denoiser`), with their named inputs and outputs. The batch is free.
+"""
+_USAGE = {"bundle": _BUNDLE, "stablehlo": _STABLEHLO, "onnx": _ONNX}
 
 
 def make_card(experiment, students, formats, verified, licence):

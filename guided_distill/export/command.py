@@ -11,13 +11,13 @@ import numpy as np
 
 from guided_distill import pictures
 from guided_distill.errors import UserError
-from guided_distill.export import bundle, card, stablehlo, verify
+from guided_distill.export import bundle, card, onnx, stablehlo, verify
 from guided_distill.export.student import Student
 from guided_distill.files import read_json
 from guided_distill.teachers import make_module
 from guided_distill.workdir import open_run
 
-FORMATS = ("bundle", "stablehlo")
+FORMATS = ("bundle", "stablehlo", "onnx")
 _BY_DEFAULT = (1, 2, 4, 8)
 _FIGURES = ("sampler", "num_steps", "nfe", "w", "seconds_per_image", "metrics", "intervals", "num_samples",
             "feature_network", "reference")  # fmt: skip
@@ -40,6 +40,8 @@ def export(config, workdir, *, formats, stages, with_teacher, licence, out):
     if this.experiment.data.text_length:
         raise UserError("students of captions cannot be exported yet; --mode=sample draws from their run")
     students = _students(this, stages, with_teacher)
+    if "onnx" in formats:
+        onnx.check(students)
     unfinished = place.parent / f".{place.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -116,6 +118,9 @@ def _make(form, this, students, directory, config, licence):
         about = {"data": this.experiment.data.name, "licence": licence, "config": _without_paths(config)}
         bundle.write(directory, students, this.grid.num_intervals, batch_size, about)
         deviations = verify.bundle(directory, students, this.grid, batch_size)
+    elif form == "onnx":
+        onnx.write(directory, students, this.grid)
+        deviations = verify.onnxs(directory, students, this.grid)
     else:
         stablehlo.write(directory, students, this.grid)
         deviations = verify.stablehlos(directory, students, this.grid)
