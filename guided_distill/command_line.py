@@ -67,7 +67,7 @@ OUT = flags.DEFINE_string(
     "sample: grid.png (samples.png by default), or samples.npz with x, label, index; export, import of a latent model: "
     "a directory.",
 )
-FORMATS = flags.DEFINE_list("formats", ["bundle"], "export: bundle, stablehlo, diffusers.")
+FORMATS = flags.DEFINE_list("formats", ["bundle"], "export: bundle, stablehlo, onnx, diffusers.")
 STAGES = flags.DEFINE_list(
     "stages", None, "export: as stage2_det_0004; by default the deterministic students of 1, 2, 4 and 8 steps."
 )

@@ -85,7 +85,10 @@ def test_stages_are_chosen_by_name(run, trusting, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"formats": ["bundle", "onnx"]}, "--formats=bundle,onnx: there are bundle, stablehlo, diffusers, not 'onnx'"),
+        (
+            {"formats": ["bundle", "gguf"]},
+            "--formats=bundle,gguf: there are bundle, stablehlo, onnx, diffusers, not 'gguf'",
+        ),
         ({"stages": ["stage2_det_0004"]}, "stage2_det_0004 is no finished student of .*; there are stage1, stage2_det"),
         ({"stages": ["teacher"]}, "teacher is no finished student"),
     ],

@@ -69,6 +69,7 @@ LEVEL = {
     "sample": 11,
     "transfer": 11,
     "command_line": 11,
+    "demo": 12,
     "main": 12,
 }
 SIDE_BY_SIDE = 4

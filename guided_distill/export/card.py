@@ -35,7 +35,13 @@ image = pipeline("a caption", num_inference_steps={num_steps}, guidance_scale={s
 call of the network, and the negative prompt has no effect. There is no safety checker in these folders: pictures are
 shown as the model makes them.
 """
-_USAGE = {"bundle": _BUNDLE, "stablehlo": _STABLEHLO, "diffusers": _DIFFUSERS}
+_ONNX = """## With onnxruntime alone
+
+`python run_onnx.py {name}_sampler {w:g}` writes 16 samples to samples.npz; onnxruntime and NumPy are all it needs.
+`onnx/onnx.json` lists the functions, of each student all its steps (`..._sampler`) and one evaluation
+(`..._denoiser`), with their named inputs and outputs. The batch is free.
+"""
+_USAGE = {"bundle": _BUNDLE, "stablehlo": _STABLEHLO, "onnx": _ONNX, "diffusers": _DIFFUSERS}
 
 
 def make_card(experiment, students, formats, verified, licence):

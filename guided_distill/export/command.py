@@ -11,13 +11,13 @@ import numpy as np
 
 from guided_distill import pictures
 from guided_distill.errors import UserError
-from guided_distill.export import bundle, card, pipelines, stablehlo, verify
+from guided_distill.export import bundle, card, onnx, pipelines, stablehlo, verify
 from guided_distill.export.student import Student
 from guided_distill.files import read_json
 from guided_distill.teachers import make_module
 from guided_distill.workdir import open_run
 
-FORMATS = ("bundle", "stablehlo", "diffusers")
+FORMATS = ("bundle", "stablehlo", "onnx", "diffusers")
 _BY_DEFAULT = (1, 2, 4, 8)
 _FIGURES = ("sampler", "num_steps", "nfe", "w", "seconds_per_image", "metrics", "intervals", "num_samples",
             "feature_network", "reference")  # fmt: skip
@@ -45,6 +45,8 @@ def export(config, workdir, *, formats, stages, with_teacher, licence, out):
         pipelines.check(this, students)
     if "stablehlo" in formats:
         stablehlo.check(students)
+    if "onnx" in formats:
+        onnx.check(students)
     unfinished = place.parent / f".{place.name}.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
@@ -124,6 +126,9 @@ def _make(form, this, students, directory, config, licence):
     elif form == "diffusers":
         pipelines.write(directory, this, students, _say)
         deviations = verify.pipelines(directory, students, this.grid)
+    elif form == "onnx":
+        onnx.write(directory, students, this.grid)
+        deviations = verify.onnxs(directory, students, this.grid)
     else:
         stablehlo.write(directory, students, this.grid)
         deviations = verify.stablehlos(directory, students, this.grid)

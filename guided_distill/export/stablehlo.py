@@ -42,7 +42,9 @@ def write(directory, students, grid):
             name = f"{student.name}_{kind}"
             exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(**inputs)
             write_whole(folder / f"{name}.stablehlo", bytes(exported.serialize()))
-            functions[name] = _describe(student, kind, inputs, exported, host_grid) | {"file": f"{name}.stablehlo"}
+            outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+            about = describe(student, kind, inputs, outputs, host_grid)
+            functions[name] = about | {"file": f"{name}.stablehlo"}
     content = {"version": VERSION, "jax": jax.__version__, "platforms": PLATFORMS, "functions": functions}
     write_whole(folder / "stablehlo.json", json.dumps(content, indent=1) + "\n")
     write_whole(folder.parent / EXAMPLE, (pathlib.Path(__file__).parent / EXAMPLE).read_text())
@@ -95,8 +97,8 @@ def _inputs(student, **shapes):
     return {name: jax.ShapeDtypeStruct((*batch, *s), dtypes.get(name, jnp.float32)) for name, s in shapes.items()}
 
 
-def _describe(student, kind, inputs, exported, grid):
-    outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
+def describe(student, kind, inputs, outputs, grid):
+    """What a user has to know of an exported function, as JSON; `inputs` and `outputs` are its shapes."""
     outputs = outputs if isinstance(outputs, dict) else {"x": outputs}
     return {
         "kind": kind,

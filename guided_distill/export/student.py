@@ -42,11 +42,11 @@ class Student:
                 last = self.model.num_labels(conditions) - 1
                 raise UserError(f"labels: {label} is outside the classes 0 ... {last}")
 
-    def sample(self, grid, mesh, *, num_steps, w, labels, num, seed, batch_size, conditions=None):
+    def sample(self, grid, mesh, *, num_steps, w, labels, num, seed, batch_size, conditions=None, edit=None):
         """Images x f32 [num, *S] of the seed: `generate.sample_images` of this student, as one host array.
 
-        `labels` are repeated over the images; None draws them from the seed. `conditions` as there. Batches are rounded
-        up to a multiple of the devices.
+        `labels` are repeated over the images; None draws them from the seed. `conditions` and `edit` as there. Batches
+        are rounded up to a multiple of the devices.
         """
         self.check(w, labels, conditions)
         batch_size = -(-min(batch_size, num) // mesh.size) * mesh.size
@@ -63,5 +63,6 @@ class Student:
             labels=None if labels is None else np.resize(np.asarray(labels, np.int32), num),
             conditions=conditions,
             sampler=self.sampler,
+            edit=edit,
         )
         return np.concatenate([x for _, _, x in batches])

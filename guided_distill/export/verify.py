@@ -18,12 +18,13 @@ import numpy as np
 import guided_distill
 from guided_distill import generate, samplers, sharding
 from guided_distill.errors import UserError
-from guided_distill.export import stablehlo
+from guided_distill.export import onnx, stablehlo
 
 BATCHES = (2, 5)
 _BOUNDS = {
     "bundle": {"float32": 0.0, "bfloat16": 0.0},
     "stablehlo": {"float32": 1e-5, "bfloat16": 0.1},
+    "onnx": {"float32": 1e-4},
     "diffusers": {"float32": 1e-4, "bfloat16": 0.1},
 }
 _ROUNDED = 0.5  # of a pipeline that goes through other times than those trained at: only a different model is further
@@ -40,23 +41,23 @@ np.savez(out, **{name: model.sample(**call) for name, call in json.load(open(cal
 """
 
 # The directory comes first on the path, so that this is the example as it was written; no code of ours is loaded.
-_OF_STABLEHLO = """
+_OF_EXAMPLE = """
 import json, sys
 import numpy as np
 
 directory, inputs, out = sys.argv[1:]
 sys.path.insert(0, directory)
-import run_stablehlo
+import {example} as example
 
 given = np.load(inputs)
-made = {}
-for name, about in run_stablehlo.FUNCTIONS.items():
-    function = run_stablehlo.load(name)
+made = {{}}
+for name, about in example.FUNCTIONS.items():
+    function = example.load(name)
     for batch in (2, 5):
-        outputs = function(**{key: given[f"{name}/{key}"][:batch] for key in about["inputs"]})
-        outputs = outputs if isinstance(outputs, dict) else {"x": outputs}
-        made |= {f"{name}/{batch}/{key}": value for key, value in outputs.items()}
-assert "guided_distill" not in sys.modules
+        outputs = function(**{{key: given[f"{{name}}/{{key}}"][:batch] for key in about["inputs"]}})
+        outputs = outputs if isinstance(outputs, dict) else {{"x": outputs}}
+        made |= {{f"{{name}}/{{batch}}/{{key}}": value for key, value in outputs.items()}}
+assert not {{{without}}} & sys.modules.keys()
 np.savez(out, **made)
 """
 
@@ -141,6 +142,17 @@ def stablehlos(directory, students, grid):
 
     Two batch sizes, several w in each batch, the same noise.
     """
+    program = _OF_EXAMPLE.format(example=stablehlo.EXAMPLE.removesuffix(".py"), without="'guided_distill'")
+    return _functions(program, directory, students, grid)
+
+
+def onnxs(directory, students, grid):
+    """As `stablehlos`, of the ONNX in a directory, run by onnxruntime alone."""
+    program = _OF_EXAMPLE.format(example=onnx.EXAMPLE.removesuffix(".py"), without="'guided_distill', 'jax'")
+    return _functions(program, directory, students, grid)
+
+
+def _functions(program, directory, students, grid):
     mesh = sharding.make_mesh(_cpus()[:1])
     grid, inputs, expected = sharding.place(mesh, jax.device_get(grid)), {}, {}
     for student in students:
@@ -152,7 +164,7 @@ def stablehlos(directory, students, grid):
             for batch in BATCHES:
                 outputs = function(**{key: given[key][:batch] for key in named})
                 expected |= {f"{student.name}_{kind}/{batch}/{key}": value for key, value in outputs.items()}
-    made, deviations = _in_a_fresh_process(_OF_STABLEHLO, directory, inputs, {}), {}
+    made, deviations = _in_a_fresh_process(program, directory, inputs, {}), {}
     for name, value in expected.items():
         function = name.partition("/")[0]
         deviations[function] = max(deviations.get(function, 0.0), deviation(made[name], value))

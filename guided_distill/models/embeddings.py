@@ -12,7 +12,8 @@ def sinusoid(position, dim):
     half = dim // 2
     frequencies = jnp.exp(-jnp.log(1e4) * jnp.arange(half, dtype=jnp.float32) / (half - 1))
     angle = position.astype(jnp.float32)[:, None] * frequencies[None, :]
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    # Of jnp.cos, but not of lax.cos, jax2onnx makes the sine of angle + pi/2, which at angles of 1000 rounds to 1e-4.
+    return jnp.concatenate([jnp.sin(angle), jax.lax.cos(angle)], axis=-1)
 
 
 def noise_level(logsnr):
