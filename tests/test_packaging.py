@@ -24,7 +24,7 @@ IMPORT_NAME = {
     "tensorflow-cpu": "tensorflow",
 }
 # What stands in every checkout; build products and a user's runs lie beside them and are not looked at.
-FOLDERS = [".ci", "benchmarks", "configs", "guided_distill", "launch", "tests"]
+FOLDERS = [".ci", "benchmarks", "configs", "docs", "examples", "guided_distill", "launch", "tests"]
 TEXT = {".py", ".md", ".txt", ".toml", ".cff", ".cfg", ".sh", ".yaml", ".yml", ".json", ".sbatch", ""}
 FORBIDDEN = {
     "a path of one machine": r"(?<![\w.$}])/(?:home|root|work|Users|tmp/\w)/|\.\./(?:shared|\.library)|/tmp/w\b",
@@ -94,7 +94,9 @@ def test_versions_agree(metadata):
 
 
 def test_the_package_and_nothing_else_is_installed(metadata):
-    assert metadata["packages"] == ["guided_distill", "guided_distill.*"]
+    assert metadata["packages"] == ["guided_distill", "guided_distill.*", "guided_distill.configs"]
+    # configs/ lies at the top of the repository, and elsewhere is the name of somebody else's folder.
+    assert metadata["package_dir"] == {"guided_distill.configs": "configs"}
     folders = {path.parent for path in (REPO / "guided_distill").rglob("*.py")}
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
 
