@@ -9,7 +9,7 @@ import numpy as np
 
 import guided_distill as gd
 
-UPDATES, TEACHER_STEPS = 500, 8
+UPDATES, TEACHER_STEPS, OMEGA = 1000, 8, "snr_trunc"
 MESH, NULL_COND, RNG = gd.make_mesh(), gd.null_label(3), np.random.default_rng(0)
 GRID = gd.place(MESH, gd.make_grid(gd.Cosine(), TEACHER_STEPS))
 
@@ -45,15 +45,15 @@ def fit(objective, model, params, teacher=None, num_steps=TEACHER_STEPS):
 inputs, model_fn = (jnp.zeros((1, 2)), jnp.zeros(1), jnp.zeros(1, int)), gd.make_model_fn(Denoiser())
 fresh = Denoiser().init(jax.random.key(0), *inputs)["params"]
 teacher = gd.Teacher(model_fn, fresh, gd.Cosine(), "v", NULL_COND, num_classes=3, sample_shape=(2,), data_range=None)
-# Yours is trained: it is made with its own weights above, and this line goes.
-teacher = fit(gd.make_denoise(weighting="snr_trunc", null_cond=NULL_COND, cond_dropout=0.1), teacher, fresh)
+teacher = fit(gd.make_denoise(weighting=OMEGA, null_cond=NULL_COND, cond_dropout=0.1), teacher, fresh)  # yours is trained
 params = gd.student_params(teacher.params, Denoiser().init(jax.random.key(1), *inputs, jnp.zeros(1))["params"])
-student = fit(gd.make_stage1(weighting="snr_trunc"), dataclasses.replace(teacher, w_conditioned=True), params, teacher)
-halve, draw = gd.make_stage2(weighting="snr_trunc"), jax.jit(gd.samplers.deterministic, static_argnums=0)
-z, cond = gd.initial_noise(gd.image_keys(0, jnp.arange(300)), (2,)), {"label": jnp.arange(300) % 3, "w": jnp.ones(300)}
-reference = draw(teacher.denoiser(teacher.params), GRID, z, cond, TEACHER_STEPS)
+student = fit(gd.make_stage1(weighting=OMEGA), dataclasses.replace(teacher, w_conditioned=True), params, teacher)
+halve, z = gd.make_stage2(weighting=OMEGA), gd.initial_noise(gd.image_keys(0, jnp.arange(300)), (2,))
+cond = {"label": jnp.arange(300) % 3, "w": jnp.ones(300)}
+draw = jax.jit(lambda model, params, *rest: gd.samplers.deterministic(model.denoiser(params), *rest), static_argnums=0)
+reference = draw(teacher.static(), teacher.params, GRID, z, cond, TEACHER_STEPS)
 for num_steps in (4, 2, 1):
     student = fit(halve, student, student.params, student, num_steps)
     for name, model in (("student", student), ("teacher", teacher)):
-        x = draw(model.denoiser(model.params), GRID, z, cond, num_steps)
+        x = draw(model.static(), model.params, GRID, z, cond, num_steps)
         print(f"{name}, {num_steps} steps: {((x - reference) ** 2).mean():.5f} from the teacher of {TEACHER_STEPS}")

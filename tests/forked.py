@@ -28,9 +28,9 @@ def run_script(path, *, env, cwd):
     return _run(_script, [str(path)], env, cwd)
 
 
-def parse_main(arguments, *, env, cwd):
-    """What `run_main` would do up to a checked config, in the directory `cwd`: a CompletedProcess."""
-    return _run(_parse, arguments, env, cwd)
+def parse_main(commands, *, env, cwd):
+    """What `run_main` would do up to a checked config, for each list of arguments, in the directory `cwd`."""
+    return _run(_parse_each, commands, env, cwd)
 
 
 def _run(body, arguments, env, cwd):
@@ -68,14 +68,31 @@ def _main(arguments):
     main._leave(main.main())
 
 
+def _parse_each(commands):
+    """The number of commands that are wrong, each in a fork of its own, as flags are parsed once in a process."""
+    wrong = 0
+    for arguments in commands:
+        child = os.fork()
+        if not child:
+            os._exit(_parse(arguments))
+        wrong += os.waitpid(child, 0)[1] != 0
+    return wrong
+
+
 def _parse(arguments):
     from guided_distill import command_line
+    from guided_distill.errors import UserError
     from guided_distill.experiment import from_config
 
     sys.argv = ["guided_distill.main", *arguments]
-    command_line.parse(sys.argv)
-    if command_line.CONFIG.value is not None:
-        from_config(command_line.CONFIG.value.to_dict())
+    try:
+        command_line.parse(sys.argv)
+        if command_line.CONFIG.value is not None:
+            from_config(command_line.CONFIG.value.to_dict())
+    except UserError as error:
+        print(*arguments, "->", error, file=sys.stderr, flush=True)
+        return 1
+    return 0
 
 
 def _script(arguments):

@@ -47,10 +47,11 @@ def test_importing_loads_neither_jax_nor_numpy():
 def test_the_example_distils_a_denoiser_of_ones_own(tmp_path):
     source = (REPO / "examples" / "own_denoiser.py").read_text()
     assert source.count("\n") < 60
-    short = source.replace("UPDATES, TEACHER_STEPS = 500", "UPDATES, TEACHER_STEPS = 40")
+    short = source.replace("OMEGA = 1000,", "OMEGA = 100,")
     assert short != source
     (tmp_path / "own_denoiser.py").write_text(short)
-    done = run_script(tmp_path / "own_denoiser.py", env={**os.environ, "XLA_FLAGS": ""}, cwd=tmp_path)
+    env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device; compiled in a hurry
+    done = run_script(tmp_path / "own_denoiser.py", env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     errors = {line.split(":")[0]: float(line.split()[3]) for line in done.stdout.splitlines()}
     assert errors.keys() == {f"{who}, {n} steps" for who in ("student", "teacher") for n in (4, 2, 1)}
