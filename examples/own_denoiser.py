@@ -45,7 +45,7 @@ def fit(objective, model, params, teacher=None, num_steps=TEACHER_STEPS):
 inputs, model_fn = (jnp.zeros((1, 2)), jnp.zeros(1), jnp.zeros(1, int)), gd.make_model_fn(Denoiser())
 fresh = Denoiser().init(jax.random.key(0), *inputs)["params"]
 teacher = gd.Teacher(model_fn, fresh, gd.Cosine(), "v", NULL_COND, num_classes=3, sample_shape=(2,), data_range=None)
-teacher = fit(gd.make_denoise(weighting=OMEGA, null_cond=NULL_COND, cond_dropout=0.1), teacher, fresh)  # yours is trained
+teacher = fit(gd.make_denoise(weighting=OMEGA, null_cond=NULL_COND, cond_dropout=0.1), teacher, fresh)  # yours exists
 params = gd.student_params(teacher.params, Denoiser().init(jax.random.key(1), *inputs, jnp.zeros(1))["params"])
 student = fit(gd.make_stage1(weighting=OMEGA), dataclasses.replace(teacher, w_conditioned=True), params, teacher)
 halve, z = gd.make_stage2(weighting=OMEGA), gd.initial_noise(gd.image_keys(0, jnp.arange(300)), (2,))
