@@ -10,7 +10,7 @@ from guided_distill.errors import UserError
 
 _PACKAGE = pathlib.Path(__file__).parent
 # A wheel carries the configs within the package; in a clone, and installed from one with -e, they lie beside it.
-SHIPPED = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
+SHIPPED = _PACKAGE / "configs" if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent / "configs"
 _NO_EXPERIMENT = ("__init__", "common")
 
 

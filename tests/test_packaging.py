@@ -1,6 +1,7 @@
 """setup.py, constraints.txt and the sources tell the same story, and nothing says on whose machine it was written."""
 
 import ast
+import importlib
 import re
 import runpy
 import sys
@@ -99,6 +100,12 @@ def test_the_package_and_nothing_else_is_installed(metadata):
     assert metadata["package_dir"] == {"guided_distill.configs": "configs"}
     folders = {path.parent for path in (REPO / "guided_distill").rglob("*.py")}
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def test_the_command_is_a_function(metadata):
+    (script,) = metadata["entry_points"]["console_scripts"]
+    module, function = script.removeprefix("guided-distill=").split(":")
+    assert callable(getattr(importlib.import_module(module), function))
 
 
 def texts():
