@@ -10,7 +10,7 @@ INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(CONSTRA
 PARITY_TESTS := $(wildcard tests/parity/test_*.py)
 SLOW_TESTS := $(shell grep -ls 'mark\.slow' tests/test_*.py)
 
-.PHONY: help venv browser demo test test-slow test-all test-parity lint bench
+.PHONY: help venv browser demo test test-slow test-all test-parity lint bench dist
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo 'make test-all     both'
 	@echo 'make test-parity  the tests that compare with PyTorch; installs it first'
 	@echo 'make lint         ruff'
+	@echo 'make dist         dist/ with sdist and wheel, and the command of that wheel, tried away from this clone'
 	@echo 'make bench        time of sampling and of a train step, beside PyTorch; installs it first'
 
 venv: .venv/installed
@@ -74,3 +75,14 @@ lint: venv
 bench: .venv/parity
 	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.train_step
+
+# The wheel in an environment that knows nothing of this clone, with the packages of .venv in place of a download: the
+# path leads to them, and not to the clone, which only the .pth file of .venv would add.
+PACKAGES = $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
+dist: venv
+	@rm -rf build dist
+	$(BIN)/python -m build --quiet
+	@$(BIN)/python -m venv --without-pip build/elsewhere
+	@$(BIN)/python -m pip --python build/elsewhere install -qq --disable-pip-version-check --no-deps dist/*.whl
+	packages=$(PACKAGES) && cd build/elsewhere && PYTHONPATH=$$packages bin/guided-distill --config=digits --dry_run

@@ -48,6 +48,7 @@ EXTRAS = {
     # TFDS itself needs importlib_resources to download, and does not say so.
     "tfds": [f"tensorflow-cpu>=2.20; {ON_INTEL}", f"tensorflow>=2.20; {ELSEWHERE}", "importlib_resources"],
     "test": [
+        "build>=1.3",
         "packaging>=25",
         "pytest>=9",
         "pytest-xdist>=3.8",
@@ -91,8 +92,11 @@ setup(
     description="On Distillation of Guided Diffusion Models (arXiv 2210.03142) in JAX",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    packages=find_packages(include=["guided_distill", "guided_distill.*"]),
+    # The configs lie at the top of the repository, and travel within the package; see config_files.py.
+    packages=[*find_packages(include=["guided_distill", "guided_distill.*"]), "guided_distill.configs"],
+    package_dir={"guided_distill.configs": "configs"},
     package_data={"guided_distill.report": ["*.css", "*.html", "*.js"]},
+    entry_points={"console_scripts": ["guided-distill=guided_distill.main:console"]},
     python_requires=">=3.11",
     install_requires=CORE,
     extras_require=EXTRAS,

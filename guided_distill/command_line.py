@@ -5,11 +5,22 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
+from guided_distill import config_files
 from guided_distill.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "An experiment: a file with get_config(); --config.key=value overrides."
+    "config", None, "An experiment: a file with get_config(), or the name of one; --config.key=value overrides."
 )
+
+
+class _ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
+    """Loads a config file from where `config_files` finds it."""
+
+    def parse(self, path):
+        return super().parse(config_files.find(path))
+
+
+flags.FLAGS["config"].parser = _ConfigParser("config")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; runs/<stem of the config> by default.")
 _MODES = [
     "run", "evaluate", "reference", "sample", "transfer", "prepare_data", "encode", "import", "export", "plan",
@@ -92,9 +103,6 @@ def parse(argv):
 def _check_config():
     if CONFIG.value is None:
         raise UserError("--config is missing: --config=configs/digits.py, for one")
-    filename = flags.FLAGS["config"].config_filename
-    if not pathlib.Path(filename.split(":")[0]).exists():
-        raise UserError(f"--config={filename}: no such file")
     CONFIG.value.to_dict()  # a config that could not be loaded says so only when it is asked for its value
 
 

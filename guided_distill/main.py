@@ -1,4 +1,4 @@
-"""The command line: python -m guided_distill.main --config=configs/digits.py [--workdir=DIR] [--config.key=value]."""
+"""The command line: guided-distill, or python -m guided_distill.main, --config=digits [--workdir=DIR] [...]."""
 
 import logging
 import os
@@ -145,6 +145,12 @@ def _leave(exit_code):
         sys.stdout.flush()
         os._exit(exit_code)
     sys.exit(exit_code)
+
+
+def console():
+    """The command `guided-distill`: as `python -m guided_distill.main`, where one's own modules are found first."""
+    sys.path.insert(0, os.getcwd())
+    _leave(main())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ importing does, and what JAX reads of the environment when it is imported, is th
 import multiprocessing
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -19,26 +20,37 @@ _CONTEXT.set_forkserver_preload(["guided_distill.main", "guided_distill.sample",
 
 def run_main(arguments, *, env):
     """`python -m guided_distill.main` with these arguments, from the root of the repository: a CompletedProcess."""
+    return _run(_main, arguments, env, REPO)
+
+
+def run_script(path, *, env, cwd):
+    """`python path` in the directory `cwd`: a CompletedProcess."""
+    return _run(_script, [str(path)], env, cwd)
+
+
+def parse_main(commands, *, env, cwd):
+    """What `run_main` would do up to a checked config, for each list of arguments, in the directory `cwd`."""
+    return _run(_parse_each, commands, env, cwd)
+
+
+def _run(body, arguments, env, cwd):
     with tempfile.TemporaryDirectory() as directory:
         paths = [os.path.join(directory, name) for name in ("stdout", "stderr")]
-        process = _CONTEXT.Process(target=_child, args=(arguments, dict(env), *paths))
+        process = _CONTEXT.Process(target=_child, args=(body, arguments, dict(env), cwd, *paths))
         process.start()
         process.join()
         texts = [pathlib.Path(path).read_text() for path in paths]
     return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
 
 
-def _child(arguments, env, stdout, stderr):
+def _child(body, arguments, env, cwd, stdout, stderr):
     for path, descriptor in ((stdout, 1), (stderr, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o644), descriptor)
-    os.chdir(REPO)
+    os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
-    from guided_distill import main
-
     try:
-        sys.argv = ["guided_distill.main", *arguments]  # where ml_collections looks for the keys of a config
-        main._leave(main.main())
+        code = body(arguments)
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else bool(left.code)
     except BaseException:
@@ -46,4 +58,44 @@ def _child(arguments, env, stdout, stderr):
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(code or 0)
+
+
+def _main(arguments):
+    from guided_distill import main
+
+    sys.argv = ["guided_distill.main", *arguments]  # where ml_collections looks for the keys of a config
+    main._leave(main.main())
+
+
+def _parse_each(commands):
+    """The number of commands that are wrong, each in a fork of its own, as flags are parsed once in a process."""
+    wrong = 0
+    for arguments in commands:
+        child = os.fork()
+        if not child:
+            os._exit(_parse(arguments))
+        wrong += os.waitpid(child, 0)[1] != 0
+    return wrong
+
+
+def _parse(arguments):
+    from guided_distill import command_line
+    from guided_distill.errors import UserError
+    from guided_distill.experiment import from_config
+
+    sys.argv = ["guided_distill.main", *arguments]
+    try:
+        command_line.parse(sys.argv)
+        if command_line.CONFIG.value is not None:
+            from_config(command_line.CONFIG.value.to_dict())
+    except UserError as error:
+        print(*arguments, "->", error, file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _script(arguments):
+    sys.argv = arguments
+    sys.path.insert(0, os.path.dirname(arguments[0]))
+    runpy.run_path(arguments[0], run_name="__main__")

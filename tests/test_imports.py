@@ -21,6 +21,7 @@ LEVEL = {
     "compilation": 2,
     "files": 1,
     "diffusion": 1,
+    "config_files": 1,
     "factories": 1,
     "text": 1,
     "models": 1,

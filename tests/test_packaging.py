@@ -1,6 +1,7 @@
 """setup.py, constraints.txt and the sources tell the same story, and nothing says on whose machine it was written."""
 
 import ast
+import importlib
 import re
 import runpy
 import sys
@@ -24,7 +25,7 @@ IMPORT_NAME = {
     "tensorflow-cpu": "tensorflow",
 }
 # What stands in every checkout; build products and a user's runs lie beside them and are not looked at.
-FOLDERS = [".ci", "benchmarks", "configs", "guided_distill", "launch", "tests"]
+FOLDERS = [".ci", "benchmarks", "configs", "docs", "examples", "guided_distill", "launch", "tests"]
 TEXT = {".py", ".md", ".txt", ".toml", ".cff", ".cfg", ".sh", ".yaml", ".yml", ".json", ".sbatch", ""}
 FORBIDDEN = {
     "a path of one machine": r"(?<![\w.$}])/(?:home|root|work|Users|tmp/\w)/|\.\./(?:shared|\.library)|/tmp/w\b",
@@ -94,9 +95,17 @@ def test_versions_agree(metadata):
 
 
 def test_the_package_and_nothing_else_is_installed(metadata):
-    assert metadata["packages"] == ["guided_distill", "guided_distill.*"]
+    assert metadata["packages"] == ["guided_distill", "guided_distill.*", "guided_distill.configs"]
+    # configs/ lies at the top of the repository, and elsewhere is the name of somebody else's folder.
+    assert metadata["package_dir"] == {"guided_distill.configs": "configs"}
     folders = {path.parent for path in (REPO / "guided_distill").rglob("*.py")}
     assert [str(folder) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def test_the_command_is_a_function(metadata):
+    (script,) = metadata["entry_points"]["console_scripts"]
+    module, function = script.removeprefix("guided-distill=").split(":")
+    assert callable(getattr(importlib.import_module(module), function))
 
 
 def texts():
