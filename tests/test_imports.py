@@ -47,6 +47,7 @@ LEVEL = {
     "state": 4,
     "evaluation": 4,
     "interop": 4,
+    "checks": 4,
     "experiment": 5,
     "editing": 4,
     "latent_space": 5,
