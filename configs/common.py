@@ -112,6 +112,7 @@ def use_sd_unet(config, **values):
     config.schedule = ml_collections.ConfigDict(
         {"name": "discrete_betas", "beta_start": betas[0], "beta_end": betas[1], "num_betas": 1000}
     )
+    config.schedule.zero_terminal_snr = config.model.zero_terminal_snr = False
     config.parameterisation = "eps"
     config.teacher.num_times = 1000
     config.teacher_dtype = "bfloat16"

@@ -191,11 +191,17 @@ def _check_latents(experiment):
         return
     if isinstance(experiment.schedule, diffusion.DiscreteBetas):
         schedule = experiment.schedule
-        ours = (schedule.beta_start, schedule.beta_end), schedule.num_betas
-        if ours != (model.betas, model.num_betas):
+        ours = (schedule.beta_start, schedule.beta_end), schedule.num_betas, schedule.zero_terminal_snr
+        theirs = model.betas, model.num_betas, model.zero_terminal_snr
+        if ours != theirs:
             raise UserError(
-                f"config.model.betas and num_betas are {model.betas}, {model.num_betas}, and config.schedule has "
-                f"{ours[0]}, {ours[1]}: the network tells time by them, so they must agree"
+                f"config.model.betas, num_betas and zero_terminal_snr are {theirs}, and config.schedule has {ours}: "
+                "the network tells time by them, so they must agree"
+            )
+        if schedule.zero_terminal_snr and experiment.parameterisation == "eps":
+            raise UserError(
+                "config.schedule.zero_terminal_snr is True, and config.parameterisation 'eps': from pure noise an "
+                "eps says nothing of the image; predict v"
             )
     if model.extra_channels not in (0, 1 + data.sample_shape[-1]):
         raise UserError(

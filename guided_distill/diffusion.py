@@ -127,9 +127,14 @@ class RectifiedFlow:
 
 
 @functools.cache
-def _beta_knots(beta_start, beta_end, num_betas):
+def _beta_knots(beta_start, beta_end, num_betas, zero_terminal_snr):
     betas = np.linspace(beta_start**0.5, beta_end**0.5, num_betas, dtype=np.float64) ** 2
     log_alpha_bar = np.cumsum(np.log1p(-betas))
+    if zero_terminal_snr:
+        alpha = np.exp(0.5 * log_alpha_bar)
+        alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+        # No log-SNR is -inf here: at -20 the image is 5e-5 of z.
+        log_alpha_bar = np.log(np.maximum(alpha**2, np.exp(-20.0)))
     logsnr = log_alpha_bar - np.log(-np.expm1(log_alpha_bar))
     # A clean end that the discrete chain does not have: the samplers' last step lands on t = 0.
     return np.arange(num_betas + 1) / num_betas, np.concatenate([[20.0], logsnr])
@@ -140,22 +145,27 @@ class DiscreteBetas:
     """Betas linear in sqrt(beta), as latent diffusion trains with, made continuous in t (arXiv 2112.10752, appendix).
 
     The log-SNR is interpolated linearly over the knots t_n = (n + 1) / num_betas, plus log-SNR 20 at t = 0, so the
-    network's own time index is num_betas * t - 1.
+    network's own time index is num_betas * t - 1. With `zero_terminal_snr` they are stretched so that nothing of the
+    image is left at t = 1 (arXiv 2305.08891, algorithm 1), which a network that predicts eps cannot start from.
     """
 
     beta_start: float = 0.00085
     beta_end: float = 0.012
     num_betas: int = 1000
+    zero_terminal_snr: bool = False
     prior_std = 1.0
+
+    def _knots(self):
+        return _beta_knots(self.beta_start, self.beta_end, self.num_betas, self.zero_terminal_snr)
 
     def logsnr(self, t):
         xp = _namespace(t)
-        knots_t, knots_logsnr = _beta_knots(self.beta_start, self.beta_end, self.num_betas)
+        knots_t, knots_logsnr = self._knots()
         return xp.interp(t, xp.asarray(knots_t, t.dtype), xp.asarray(knots_logsnr, t.dtype))
 
     def t(self, logsnr):
         xp = _namespace(logsnr)
-        knots_t, knots_logsnr = _beta_knots(self.beta_start, self.beta_end, self.num_betas)
+        knots_t, knots_logsnr = self._knots()
         return xp.interp(-logsnr, xp.asarray(-knots_logsnr, logsnr.dtype), xp.asarray(knots_t, logsnr.dtype))
 
     def alpha_sigma(self, logsnr):

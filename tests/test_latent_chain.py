@@ -185,7 +185,8 @@ def test_a_network_that_takes_w_begins_at_stage_two(encoded, tmp_path):
 def test_what_does_not_go_together_is_named(tmp_path):
     for updates, says in (
         ({"data.data_range": 1.0}, "config.data.data_range names a range"),
-        ({"schedule.beta_end": 0.02}, "config.model.betas and num_betas are"),
+        ({"schedule.beta_end": 0.02}, "config.model.betas, num_betas and zero_terminal_snr are"),
+        ({"schedule.zero_terminal_snr": True, "model.zero_terminal_snr": True}, "an eps says nothing of the image"),
         ({"model.extra_channels": 3}, "config.model.extra_channels is 3"),
         ({"evaluate.features": ("classifier",)}, "config.evaluate.features holds 'classifier'"),
     ):

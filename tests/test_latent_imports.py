@@ -221,7 +221,7 @@ def test_what_is_wrong_with_a_folder_is_named(folder):
         ("vae", {"mid_block_add_attention": False}, "mid_block_add_attention is False"),
         ("text_encoder", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("scheduler", {"beta_schedule": "linear"}, "beta_schedule is 'linear'"),
-        ("scheduler", {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
+        ("scheduler", {"trained_betas": [0.1]}, "trained_betas is .0.1."),
         ("scheduler", {"prediction_type": "flow"}, "prediction_type is 'flow'"),
     ],
 )

@@ -41,7 +41,7 @@ AUTOENCODER_FIXED = {"act_fn": "silu", "latents_mean": None, "latents_std": None
 KL_FIXED = AUTOENCODER_FIXED | {"mid_block_add_attention": True, "use_post_quant_conv": True, "use_quant_conv": True}
 VQ_FIXED = AUTOENCODER_FIXED | {"norm_type": "group", "mid_block_add_attention": True, "lookup_from_codebook": False}
 TEXT_FIXED = {"layer_norm_eps": 1e-5}
-SCHEDULER_FIXED = {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": False, "trained_betas": None}
+SCHEDULER_FIXED = {"beta_schedule": "scaled_linear", "trained_betas": None}
 _DOWN, _UP = ("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
 
 
@@ -68,6 +68,7 @@ def read_unet(theirs, scheduler, what):
         w_channels=theirs.get("time_cond_proj_dim") or 256,
         betas=(scheduler.get("beta_start", 0.0001), scheduler.get("beta_end", 0.02)),
         num_betas=scheduler.get("num_train_timesteps", 1000),
+        zero_terminal_snr=scheduler.get("rescale_betas_zero_snr", False),
     )
 
 
@@ -209,6 +210,7 @@ def write_scheduler(config, parameterisation):
         "steps_offset": 1,
         "set_alpha_to_one": True,
         "clip_sample": False,
+        "rescale_betas_zero_snr": config.zero_terminal_snr,
         **SCHEDULER_FIXED,
     }
 

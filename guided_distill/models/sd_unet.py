@@ -36,6 +36,7 @@ class SDUNetConfig:
     w_channels: int = 256  # width of the sinusoid of w
     betas: tuple[float, ...] = (0.00085, 0.012)  # first and last, linear in sqrt(beta), of the noise levels
     num_betas: int = 1000
+    zero_terminal_snr: bool = False  # whether they end at pure noise (arXiv 2305.08891)
     dtype: str = "float32"  # of the computation; parameters stay float32
     remat: bool = False  # recompute each block in the backward pass
 
@@ -115,7 +116,8 @@ class LatentEmbedding(nn.Module):
     def __call__(self, logsnr, w):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         dense = functools.partial(nn.Dense, dtype=dtype)
-        emb = time_sinusoid(timestep(logsnr, *config.betas, config.num_betas), config.channels)
+        time = timestep(logsnr, *config.betas, config.num_betas, config.zero_terminal_snr)
+        emb = time_sinusoid(time, config.channels)
         if config.w_conditioned:
             branch = dense(config.channels, use_bias=False, kernel_init=nn.initializers.zeros, name="w")
             emb = emb + branch(strength_sinusoid(w, config.w_channels)).astype(emb.dtype)
@@ -214,17 +216,21 @@ def strength_sinusoid(w, dim):
 
 
 @functools.cache
-def _logsnr_knots(beta_start, beta_end, num_betas):
+def _logsnr_knots(beta_start, beta_end, num_betas, zero_terminal_snr):
     betas = np.linspace(beta_start**0.5, beta_end**0.5, num_betas) ** 2
     log_alpha_bar = np.cumsum(np.log1p(-betas))
+    if zero_terminal_snr:
+        alpha = np.exp(0.5 * log_alpha_bar)
+        alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+        log_alpha_bar = np.log(np.maximum(alpha**2, np.exp(-20.0)))
     return log_alpha_bar - np.log(-np.expm1(log_alpha_bar))
 
 
-def timestep(logsnr, beta_start, beta_end, num_betas):
+def timestep(logsnr, beta_start, beta_end, num_betas, zero_terminal_snr=False):
     """The network's own time in [0, num_betas - 1] of a log-SNR [B], linear between those of its discrete levels.
 
     It is num_betas t - 1 of the schedule of discrete betas; levels cleaner than the first, which no network has been
     trained at, count as the first.
     """
-    knots = _logsnr_knots(beta_start, beta_end, num_betas)
+    knots = _logsnr_knots(beta_start, beta_end, num_betas, zero_terminal_snr)
     return jnp.interp(-logsnr, jnp.asarray(-knots, jnp.float32), jnp.arange(num_betas, dtype=jnp.float32))

@@ -16,7 +16,7 @@ from guided_distill.interop.tensors import export_tree, import_tree
 from guided_distill.models import make_model_fn
 from guided_distill.models.autoencoder import Autoencoder
 from guided_distill.models.latent_models import LATENT_MODELS, part_shapes
-from guided_distill.models.sd_unet import SDUNet, timestep
+from guided_distill.models.sd_unet import SDUNet, SDUNetConfig, timestep
 
 SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 UNET = {
@@ -134,6 +134,19 @@ def test_the_levels_of_noise_and_their_times_are_the_schedulers():
     for steps in (1, 2, 4, 8):
         scheduler.set_timesteps(steps)
         assert scheduler.timesteps.tolist() == [1000 * i // steps - 1 for i in range(steps, 0, -1)]
+
+
+def test_noise_without_an_image_ends_where_the_schedulers_does():
+    config = SDUNetConfig(zero_terminal_snr=True)
+    scheduler = diffusers.DDIMScheduler.from_config(diffusers_configs.write_scheduler(config, "v"))
+    abar = scheduler.alphas_cumprod.numpy().astype(np.float64)
+    schedule = DiscreteBetas(zero_terminal_snr=True)
+    logsnr = schedule.logsnr((np.arange(1000) + 1) / 1000)
+    alpha, _ = schedule.alpha_sigma(logsnr)
+    assert abar[-1] < 1e-12 and 0.0 < alpha[-1] < 1e-4
+    np.testing.assert_allclose(alpha[:-1], abar[:-1] ** 0.5, rtol=1e-3)
+    found = timestep(jnp.asarray(logsnr, jnp.float32), 0.00085, 0.012, 1000, True)
+    np.testing.assert_allclose(found, np.arange(1000), atol=5e-3)
 
 
 # Autoencoders
