@@ -114,8 +114,8 @@ def arguments_of_main(words):
     match words:
         case ["guided-distill", *arguments] | ["python", "-m", "guided_distill.main", *arguments]:
             return [arguments] if arguments else []
-        case ["python", "-m", module, *arguments] if module.startswith("benchmarks."):
-            return arguments_of_benchmark(module, arguments)
+        case ["python", "-m", module, *arguments]:
+            return arguments_of_program(module, arguments)
         case ["make", *targets]:
             known = re.search(r"^\.PHONY: (.+)$", text_of("Makefile"), re.MULTILINE)[1].split()
             assert {target for target in targets if "=" not in target} <= set(known), words
@@ -130,8 +130,11 @@ def arguments_of_main(words):
     return []
 
 
-def arguments_of_benchmark(module, arguments):
-    source = text_of(f"{module.replace('.', '/')}.py")
+def arguments_of_program(module, arguments):
+    """As above of a module with flags of its own, and perhaps ours besides."""
+    path = REPO / module.replace(".", "/")
+    files = path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]
+    source = "".join(file.read_text() for file in files)
     flags = {word: re.match(r"--(\w+)", word)[1] for word in arguments if word.startswith("--")}
     others = [word for word, flag in flags.items() if not re.search(rf'"(--)?{flag}"', source)]
     assert not others or "command_line.parse" in source, f"{module} has no {others}"
