@@ -108,6 +108,7 @@ def _convert(name, function, inputs, outputs):
         with _quiet():
             model = jax2onnx.to_onnx(positional, given, model_name=name, opset=OPSET, input_names=list(inputs),
                                      output_names=list(outputs))  # fmt: skip
+            _spell_out_sigmoids(model.graph)
             return model.SerializeToString()
     except Exception as error:  # whatever it stumbles over, it is what it cannot convert
         reason = (str(error).strip().splitlines() or [""])[0][:160]
