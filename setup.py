@@ -38,8 +38,8 @@ ELSEWHERE = "sys_platform == 'darwin' or platform_machine not in 'x86_64 AMD64'"
 # With which jax writes and reads StableHLO, without requiring it.
 EXPORT = ["flatbuffers>=25"]
 
-# The newest release that goes with our Orbax is 0.13; the converter asks for onnxruntime itself.
-ONNX = ["jax2onnx>=0.13", "onnxruntime>=1.30"]
+# The newest converter that goes with our Orbax is 0.13.
+ONNX = ["jax2onnx>=0.13", "onnx>=1.20", "onnxruntime>=1.30"]
 
 TEXT = ["tokenizers>=0.22"]
 
