@@ -12,6 +12,7 @@ def get_config():
     config.data.update(
         name="latents:data/imagenet256_latents", shape=(64, 64, 3), num_classes=1000, data_range=None, flip=True
     )
+    config.data.test_split = "validation"
     common.use_sd_unet(
         config,
         channels=192,

@@ -185,6 +185,13 @@ def _check_latents(experiment):
     data, model = experiment.data, experiment.model
     if data.name.startswith(latents.PREFIX) and data.data_range is not None:
         raise UserError("config.data.data_range names a range, which latents have not; set it to None")
+    if data.name.startswith(latents.PREFIX) and experiment.latent_model is None:
+        raise UserError("config.latent_model is missing: the folder of --mode=import whose latents the data are")
+    for key in ("captions", "clip"):
+        if getattr(experiment.evaluate, key) is not None and not data.text_length:
+            raise UserError(f"config.evaluate.{key} is for models of captions; this one is of classes")
+    if experiment.evaluate.captions is not None and getattr(model, "extra_channels", 0):
+        raise UserError("config.evaluate.captions says what to draw and not where; a network that paints in needs both")
     if not hasattr(model, "context_dim"):
         if data.text_length and data.name.startswith(latents.PREFIX):
             raise UserError("config.model: latents bring their captions embedded, which sd_unet alone takes")

@@ -161,6 +161,9 @@ def _load_latents(config):
         )
     if config.flip and not about.flips:
         raise UserError(f"data.flip: {folder} was encoded without flips; set it to False, or encode it again")
+    if about.num_classes != config.num_classes:
+        raise UserError(f"data.num_classes: {folder} was encoded for {about.num_classes} classes, the config says "
+                        f"{config.num_classes}")  # fmt: skip
     length = about.text[0] if about.text else 0
     if length != config.text_length:
         raise UserError(f"data.text_length: captions of {folder} have {length} tokens, the config says "
@@ -177,7 +180,10 @@ def _load_folder(config):
             "data.shape empty"
         )
     folder = config.name.removeprefix(pairs.PREFIX)
-    source = RecordSource(pairs.open_pairs(folder, config.image_size, config.channels), config)
+    captioned = bool(config.text_length)
+    source = RecordSource(
+        pairs.open_pairs(folder, config.image_size, config.channels, captioned=captioned), config
+    )
     if len(source) * np.prod(config.sample_shape) < _IN_MEMORY_BYTES:
         source = _decode_all(source)
     return held_out(source, config.holdout)
@@ -231,13 +237,13 @@ def read_tokens(source) -> np.ndarray:
     return np.stack([source[i]["tokens"] for i in range(len(source))])
 
 
-def read_captions(source) -> list[str]:
-    """The words of all captions of a source."""
+def read_captions(source, count: int) -> list[str]:
+    """The words of the first captions of a source."""
     if isinstance(source, latents.LatentSource):
-        return source.texts()
+        return source.texts(count)
     if isinstance(source, ArraySource):
-        return list(source.captions)
-    return [source[i]["text"] for i in range(len(source))]
+        return list(source.captions[:count])
+    return [source[i]["text"] for i in range(count)]
 
 
 def read_range(source, start: int, stop: int) -> dict:
@@ -258,7 +264,7 @@ def _read(source, indices: np.ndarray, flip: np.ndarray, seeds: np.ndarray | Non
     images = np.stack([record["image"] for record in records])
     if flip.any():
         images[flip] = images[flip, :, ::-1]
-    x = images.astype(np.float32)
+    x = images.astype(np.float32, copy=False)
     if images.dtype == np.uint8:
         x /= 127.5
         x -= 1.0

@@ -7,7 +7,6 @@ interrupted one. Process p of P writes every P-th shard.
 import concurrent.futures
 import dataclasses
 import json
-import pathlib
 import sys
 
 import jax
@@ -39,6 +38,8 @@ def encode(config, source):
     splits = _splits(experiment.data, source, _side(experiment, space))
     about = _about(experiment, space, source, splits)
     distributed.agreed(lambda: _begin(folder, about))
+    if not folder.is_dir():
+        raise UserError(f"{folder}: process 0 made it, and this one does not see it; all need storage that they share")
     todo = _todo(folder, about)
     mine = [shard for i, shard in enumerate(todo) if i % jax.process_count() == jax.process_index()]
     records = sum(stop - start for *_, start, stop in mine)
@@ -49,6 +50,8 @@ def encode(config, source):
             made = _records(experiment, space, splits[split], about, range(start, stop))
             _write_shard(path, made, lambda: progress.advance(task))
     distributed.agreed(lambda: None)  # waits for the others
+    if missing := _todo(folder, about):
+        raise UserError(f"{folder}: {len(missing)} shards are missing; give the same command again, and it goes on")
     if distributed.is_main():
         write_whole(folder / latents.ABOUT, json.dumps(dataclasses.asdict(about), indent=1) + "\n")
         (folder / latents.UNFINISHED).unlink(missing_ok=True)
@@ -60,7 +63,7 @@ def _folder(experiment):
     name = experiment.data.name
     if not name.startswith(latents.PREFIX):
         raise UserError(f"config.data.name is {name!r}; --mode=encode writes to 'latents:DIR', a folder you name there")
-    return pathlib.Path(name.removeprefix(latents.PREFIX)).expanduser()
+    return latents.local(name.removeprefix(latents.PREFIX))
 
 
 def _latent_model(experiment):
@@ -83,12 +86,16 @@ def _side(experiment, space):
 def _splits(config, source, side):
     """{"train": records, "test": records} of the source, squares of `side`."""
     if source.startswith(pairs.PREFIX):
-        whole = pairs.open_pairs(source.removeprefix(pairs.PREFIX), side)
+        folder = source.removeprefix(pairs.PREFIX)
+        whole = pairs.open_pairs(folder, side, captioned=bool(config.text_length))
         if not config.holdout:
             return {"train": whole, "test": None}
         train, test = data.held_out(whole, config.holdout)
         return {"train": train, "test": test}
-    builder = open_set(source, config.data_dir)
+    builder, wanted = open_set(source, config.data_dir), "text" if config.text_length else "label"
+    if not {"image", wanted} <= set(builder.info.features):
+        features = ", ".join(builder.info.features)
+        raise UserError(f"--source={source} has the features {features}, not image and {wanted}")
     opened = {
         split: pairs.ResizedRecords(open_split(builder, source, key, getattr(config, key)), side, 3)
         for split, key in (("train", "train_split"), ("test", "test_split"))
@@ -116,6 +123,7 @@ def _about(experiment, space, source, splits):
         text=text,
         null_text=null_text,
         inpainting=getattr(experiment.model, "extra_channels", 0) > 0,
+        num_classes=experiment.data.num_classes,
         counts=counts,
         shards={split: -(-count // _SHARD) for split, count in counts.items()},
     )
@@ -136,7 +144,8 @@ def _begin(folder, about):
     for name in (latents.ABOUT, latents.UNFINISHED):
         if (folder / name).exists():
             theirs = read_json(folder / name)
-            differing = sorted(key for key in said if theirs.get(key) != said[key])
+            # What the model makes of no words may differ in its last bits on another machine.
+            differing = sorted(key for key in said if key != "null_text" and theirs.get(key) != said[key])
             if differing:
                 raise UserError(
                     f"{folder} was made with another {', '.join(differing)}; delete it, or name another folder"
@@ -192,8 +201,13 @@ def _encoded(experiment, space, about, indices, found):
     if about.text is not None:
         fields["text"] = space.embed([record["text"] for record in found]).astype(np.float16)
     for i, record in enumerate(found):
+        if about.text is None and not 0 <= record["label"] < about.num_classes:
+            raise UserError(
+                f"data.num_classes: label {record['label']} of picture {indices[i]} of {about.source} is outside "
+                f"0..{about.num_classes - 1}"
+            )
         own = {name: np.ascontiguousarray(values[i]) for name, values in fields.items()}
-        own["label"] = np.array([record["label"]], np.int32)
+        own["label"] = np.array([record["label"] if about.text is None else 0], np.int32)
         own["caption"] = np.frombuffer(record["text"].encode(), np.uint8)
         yield safetensors.numpy.save(own)
 

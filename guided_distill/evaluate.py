@@ -1,6 +1,7 @@
 """The surface of quality over (model, steps, w): rows of summary.json, a table, a picture."""
 
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -20,7 +21,7 @@ from guided_distill.evaluation.clip_scores import make_scorer
 from guided_distill.evaluation.measure import name_of
 from guided_distill.evaluation.samples import Samples, collect
 from guided_distill.evaluation.yardstick import features_of, kept_rows, make_yardsticks, measure_by, provenance_of
-from guided_distill.files import write_whole
+from guided_distill.files import absolute, write_whole
 from guided_distill.generate import sample_images
 from guided_distill.surface import make_entries, work
 from guided_distill.text import end_of_text
@@ -276,7 +277,10 @@ def _told(run, yardsticks):
 
 
 def _settings(config):
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    if config.captions is not None:  # other captions in the same file are other settings
+        settings["captions"] += " " + hashlib.sha256(absolute(config.captions).read_bytes()).hexdigest()[:12]
+    return settings
 
 
 def _earlier(run, provenance):

@@ -12,7 +12,7 @@ import numpy as np
 from guided_distill import sharding
 from guided_distill.errors import UserError
 from guided_distill.interop.clip_tokenizer import read_tokenizer
-from guided_distill.interop.latent_folder import read_latent
+from guided_distill.interop.latent_folder import read_latent, read_model
 from guided_distill.models.autoencoder import Autoencoder
 from guided_distill.models.clip import TextEncoder
 from guided_distill.models.latent_models import LatentModel
@@ -72,11 +72,8 @@ class LatentSpace:
         return read_tokenizer(self.folder / "tokenizer")
 
     def hash(self) -> str:
-        """SHA-256 of the weights of the frozen parts."""
-        digest = hashlib.sha256()
-        for part in self.params:
-            digest.update((self.folder / f"{part}.safetensors").read_bytes())
-        return digest.hexdigest()
+        """See `frozen_hash`."""
+        return frozen_hash(self.folder)
 
     def _by_parts(self, run, params, rows):
         """run(params, rows) over a few rows of each device at a time; the last lot is computed whole and cut."""
@@ -87,6 +84,17 @@ class LatentSpace:
             results = run(params, jax.device_put(whole, sharding.batched(self.mesh)))
             found.append([np.asarray(result)[: len(lot)] for result in results])
         return [np.concatenate(results) for results in zip(*found, strict=True)]
+
+
+def frozen_hash(folder) -> str:
+    """SHA-256 of the weights of the frozen parts of a folder. Raises UserError where it is none."""
+    folder, digest = pathlib.Path(folder).expanduser(), hashlib.sha256()
+    for part in _PARTS:
+        if part in read_model(folder).parts:
+            with (folder / f"{part}.safetensors").open("rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+    return digest.hexdigest()
 
 
 def open_space(folder) -> LatentSpace:

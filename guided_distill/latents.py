@@ -35,6 +35,7 @@ class About:
     text: tuple[int, int] | None  # [L, D] of an embedded caption
     null_text: list[float] | None  # the empty caption embedded, [L * D]
     inpainting: bool
+    num_classes: int  # labels are 0 .. num_classes - 1
     counts: dict[str, int]  # records of each split
     shards: dict[str, int]
     version: int = VERSION
@@ -42,7 +43,7 @@ class About:
 
 def read_about(folder) -> About:
     """latents.json of a folder. Raises UserError where there is none, it is unfinished, or of another version."""
-    folder = pathlib.Path(folder).expanduser()
+    folder = local(folder)
     if (folder / UNFINISHED).exists() and not (folder / ABOUT).exists():
         raise UserError(f"{folder} is not finished; give the same --mode=encode command again, and it goes on")
     if not (folder / ABOUT).exists():
@@ -57,6 +58,13 @@ def read_about(folder) -> About:
     return dataclasses.replace(about, shape=tuple(about.shape), text=about.text and tuple(about.text))
 
 
+def local(folder) -> pathlib.Path:
+    """A folder of this machine, or of storage that is mounted here. Raises UserError for a bucket."""
+    if "://" in str(folder):
+        raise UserError(f"{folder}: latents lie in a folder; mount the bucket, and name the folder it is mounted at")
+    return pathlib.Path(folder).expanduser()
+
+
 def shard_path(folder, split: str, k: int, count: int) -> pathlib.Path:
     """Where shard k of `count` of a split lies."""
     return pathlib.Path(folder) / f"{split}-{k:05d}-of-{count:05d}.array_record"
@@ -66,7 +74,7 @@ def open_latents(folder, split: str):
     """The LatentSource of a split. Raises UserError for what is missing."""
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    folder, about = pathlib.Path(folder).expanduser(), read_about(folder)
+    folder, about = local(folder), read_about(folder)
     if not about.counts.get(split):
         known = ", ".join(name for name, count in about.counts.items() if count)
         raise UserError(f"data: {folder} has no split {split!r}; it has {known}")
@@ -96,9 +104,9 @@ class LatentSource:
         """Whether a latent is drawn anew each time it is read."""
         return self.about.posterior
 
-    def texts(self) -> list[str]:
-        """All captions."""
-        return [bytes(safetensors.numpy.load(content)["caption"]).decode() for content in self._read(range(len(self)))]
+    def texts(self, count: int) -> list[str]:
+        """The first captions."""
+        return [bytes(safetensors.numpy.load(self.records[i])["caption"]).decode() for i in range(count)]
 
     def read(self, indices, flip, seeds) -> dict:
         """The batch {"x", "label"[, "text", "null_text", "mask", "masked"]} f32 of the records `indices`.
@@ -114,7 +122,7 @@ class LatentSource:
                 rows = [_of(record, name, f) for record, f in zip(found, flip, strict=True)]
                 batch[name] = np.stack(rows).astype(np.float32)
         if self.null_text is not None:
-            batch["null_text"] = np.broadcast_to(self.null_text, (len(found), *self.null_text.shape)).copy()
+            batch["null_text"] = np.broadcast_to(self.null_text, (len(found), *self.null_text.shape))
         return batch
 
     def _read(self, indices):

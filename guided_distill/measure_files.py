@@ -1,6 +1,7 @@
 """Samples of any program, from files or of a split of the data, measured as an evaluation measures its own; and the
 statistics of real images that they are compared with."""
 
+import dataclasses
 import json
 import sys
 
@@ -16,6 +17,8 @@ from guided_distill.evaluation.samples import Samples
 from guided_distill.evaluation.yardstick import features_of, make_yardsticks, measure_by, provenance_of
 from guided_distill.experiment import from_config
 from guided_distill.files import absolute, write_whole
+from guided_distill.latent_space import open_space
+from guided_distill.workdir import pictures_of
 
 _BATCH = 512
 _SPLIT = "data:"
@@ -29,7 +32,8 @@ def measure_files(config, workdir, samples):
     shape than the data's.
     """
     experiment, mesh = from_config(config), sharding.make_mesh()
-    dataset = load_dataset(experiment.data)
+    data, dataset = _pictures(experiment)
+    experiment = dataclasses.replace(experiment, data=data)
     found = _Split(dataset, samples.removeprefix(_SPLIT)) if samples.startswith(_SPLIT) else open_samples(samples)
     if tuple(found.shape) != tuple(experiment.data.sample_shape):
         raise UserError(
@@ -61,11 +65,17 @@ def make_references(config, workdir):
             "--mode=reference makes statistics; config.evaluate.reference names some that are there: drop it"
         )
     directory = absolute(workdir) / "evaluation"
-    dataset = load_dataset(experiment.data)
+    data, dataset = _pictures(experiment)
+    experiment = dataclasses.replace(experiment, data=data)
     for yardstick in make_yardsticks(experiment, dataset, directory, sharding.make_mesh(), _say):
         path = directory / f"reference_{yardstick.network.name}.npz"
         made = references.load(path)
         _say(f"{path}: {made.source} by {made.network}, {made.resolution}, SHA-256 {made.hash[:12]}")
+
+
+def _pictures(experiment):
+    space = None if experiment.latent_model is None else open_space(experiment.latent_model)
+    return pictures_of(experiment.data, load_dataset(experiment.data), space)
 
 
 def _beside(samples, workdir):

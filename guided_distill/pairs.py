@@ -11,7 +11,7 @@ import tarfile
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from guided_distill.errors import UserError
 
@@ -34,7 +34,7 @@ def crop_and_resize(image: np.ndarray, size: int) -> np.ndarray:
     return np.rint(resized).astype(np.uint8).swapaxes(0, 1)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=32)  # of photographs a table is some MB
 def _area_weights(old: int, new: int) -> np.ndarray:
     """f32[new,old]: the share of old pixel j in new pixel i, by the length of their overlap."""
     edges = np.linspace(0, old, new + 1)
@@ -100,7 +100,7 @@ class ResizedRecords:
         text = record.get("text", "")
         return {
             "image": read_square(record["image"], self.size, self.channels, f"record {i}"),
-            "label": np.int32(record["label"]),
+            "label": np.int32(record.get("label", 0)),
             "text": text.decode() if isinstance(text, bytes) else text,
         }
 
@@ -109,37 +109,45 @@ def read_square(content: bytes, size: int, channels: int, name: str) -> np.ndarr
     """An encoded picture as uint8 [size, size, channels]. Raises UserError, naming it, for what is no picture."""
     try:
         with Image.open(io.BytesIO(content)) as image:
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
+            upright = ImageOps.exif_transpose(image)
+            pixels = np.asarray(upright.convert("L" if channels == 1 else "RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{name} is no picture that can be read ({error}); remove it, or replace it") from error
     return crop_and_resize(pixels.reshape(*pixels.shape[:2], channels), size)
 
 
-def open_pairs(folder, size: int, channels: int = 3) -> PairSource:
+def open_pairs(folder, size: int, channels: int = 3, *, captioned: bool = False) -> PairSource:
     """The pairs of a folder, in the order of their names.
 
     Pictures (.jpg, .png, .webp) with a caption of the same name (.txt) and a class (.cls, a number), in subfolders or
     in webdataset shards (.tar); a picture without .cls has the number of its subfolder among all, in order of names.
-    Raises UserError for a folder that is missing or holds no pictures, and archives that cannot be read.
+    Raises UserError for a folder that is missing or holds no pictures, archives that cannot be read, and where all are
+    to be `captioned` a picture without a caption.
     """
     folder = pathlib.Path(folder).expanduser()
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of pictures")
     archives = sorted(folder.glob("**/*.tar"))
     files = [*_files(folder), *(member for archive in archives for member in _members(folder, archive))]
-    pictures = sorted(name for name in dict(files) if name.lower().endswith(_PICTURES))
+    found = dict(files)
+    pictures = sorted(name for name in found if name.lower().endswith(_PICTURES))
     if not pictures:
         raise UserError(f"{folder} holds no pictures ({', '.join(_PICTURES)}) and no .tar of some")
-    return PairSource(_paired(pictures, dict(files)), size, channels)
+    pairs = _paired(pictures, found)
+    bare = next((pair.name for pair in pairs if captioned and pair.caption is None), None)
+    if bare is not None:
+        raise UserError(f"{folder}: {bare} has no caption; write it to a file of the same name that ends in .txt")
+    return PairSource(pairs, size, channels)
 
 
 def _paired(pictures, found):
+    beside = {name.lower(): place for name, place in found.items()}
     classes = {name: i for i, name in enumerate(sorted({_directory(name) for name in pictures}))}
     pairs = []
     for name in pictures:
         stem = name[: name.rindex(".")]
-        label = found.get(f"{stem}.cls", classes[_directory(name)])
-        pairs.append(_Pair(name, found[name], found.get(f"{stem}.txt"), label))
+        label = beside.get(f"{stem}.cls".lower(), classes[_directory(name)])
+        pairs.append(_Pair(name, found[name], beside.get(f"{stem}.txt".lower()), label))
     return pairs
 
 
@@ -150,7 +158,8 @@ def _directory(name):
 def _files(folder):
     wanted = (*_PICTURES, ".txt", ".cls")
     for path in folder.glob("**/*"):
-        if path.suffix.lower() in wanted and path.is_file():
+        hidden = path.name.startswith(".")  # as macOS leaves one beside each file
+        if path.suffix.lower() in wanted and path.is_file() and not hidden:
             yield path.relative_to(folder).as_posix(), _Bytes(path)
 
 
@@ -160,7 +169,7 @@ def _members(folder, archive):
         with tarfile.open(archive, "r:") as tar:
             # The shards of a set are no classes: no name of a member has a directory.
             shard = archive.relative_to(folder).as_posix()
-            members = [member for member in tar if member.isfile()]
+            members = [m for m in tar if m.isfile() and not m.name.rpartition("/")[2].startswith(".")]
             names = [f"{shard}:{member.name}".replace("/", ":") for member in members]
             places = [_Bytes(archive, member.offset_data, member.size) for member in members]
             return list(zip(names, places, strict=True))

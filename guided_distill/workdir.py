@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from guided_distill import diffusion, distributed, guidance, sharding
+from guided_distill import diffusion, distributed, guidance, latents, sharding
 from guided_distill.checkpoint import find_stage, is_complete, load_eval_params
 from guided_distill.data import Dataset, load_dataset, read_captions, read_records, read_tokens
 from guided_distill.differences import differing_keys
@@ -16,7 +16,7 @@ from guided_distill.errors import Fault, UserError
 from guided_distill.experiment import Experiment, from_config
 from guided_distill.files import absolute, read_json, write_whole
 from guided_distill.interop import latent_folder
-from guided_distill.latent_space import open_space
+from guided_distill.latent_space import frozen_hash, open_space
 from guided_distill.stages import Stage, make_stages
 from guided_distill.teachers import initial_params, make_module, outside_teacher, shapes_of
 from guided_distill.text import hashed_words
@@ -67,8 +67,8 @@ class Run:
         data = self.experiment.data
         if self.space is None:
             return {"tokens": hashed_words(captions, length=data.text_length, vocabulary=data.vocabulary)}
-        text = self.space.embed([*captions, ""], truncate=truncate)
-        return {"text": text[:-1], "null_text": np.repeat(text[-1:], len(captions), 0)}
+        text, null = (self.space.embed(words, truncate=truncate).astype(np.float16) for words in (captions, [""]))
+        return {"text": text, "null_text": np.broadcast_to(null, text.shape)}
 
     @functools.cached_property
     def captions(self):
@@ -78,7 +78,7 @@ class Run:
         path = self.experiment.evaluate.captions
         if path is not None:
             return _read_lines(path)
-        return read_captions(self.dataset.test)[: self.stages[0].model.num_labels(self.conditions)]
+        return read_captions(self.dataset.test, self.stages[0].model.num_labels(self.conditions))
 
     @functools.cached_property
     def space(self):
@@ -98,12 +98,7 @@ class Run:
     @functools.cached_property
     def pictures(self):
         """(DataConfig, Dataset) of the pictures that samples are measured against: decoded where data are latents."""
-        data = self.experiment.data
-        if self.space is None:
-            return data, self.dataset
-        theirs = dataclasses.replace(data, shape=self.picture_shape, data_range=1.0)
-        train, test = (Decoded(split, self.space) for split in (self.dataset.train, self.dataset.test))
-        return theirs, Dataset(data.name, self.picture_shape, data.num_classes, train, test)
+        return pictures_of(self.experiment.data, self.dataset, self.space)
 
     @property
     def is_main(self):
@@ -166,6 +161,16 @@ class Decoded:
         return [{"image": x, "label": label} for x, label in zip(pictures, found["label"], strict=True)]
 
 
+def pictures_of(data, dataset, space):
+    """(DataConfig, Dataset) of the pictures that a data set is of; `space` decodes them where they are latents."""
+    if space is None:
+        return data, dataset
+    shape = space.picture_shape(data.sample_shape)
+    train, test = (Decoded(split, space) for split in (dataset.train, dataset.test))
+    theirs = dataclasses.replace(data, shape=shape, data_range=1.0)
+    return theirs, Dataset(data.name, shape, data.num_classes, train, test)
+
+
 def _read_lines(path):
     try:
         lines = absolute(path).read_text().splitlines()
@@ -201,6 +206,8 @@ def open_run(config, workdir, *, create=True) -> Run:
     distributed.agreed(lambda: _check_same_config(run, config))
     if create:
         _ = run.dataset  # loaded before anything is written: a mistake in the data section leaves no workdir behind
+        _check_latents(experiment)
+        _check_evaluation(experiment.evaluate)
         distributed.agreed(lambda: _claim_workdir(run, config))
         if not (run.workdir / "config.json").exists():
             raise UserError(
@@ -208,6 +215,33 @@ def open_run(config, workdir, *, create=True) -> Run:
                 "all processes need one workdir on storage that they share"
             )
     return run
+
+
+def _check_latents(experiment):
+    """Raises UserError unless the latents are those of config.latent_model, and have what the network is told."""
+    data, model = experiment.data, experiment.model
+    if not data.name.startswith(latents.PREFIX):
+        return
+    folder = data.name.removeprefix(latents.PREFIX)
+    about, ours = latents.read_about(folder), frozen_hash(experiment.latent_model)
+    if about.model_hash != ours:
+        raise UserError(
+            f"config.data.name: {folder} was encoded by another model than config.latent_model, "
+            f"{experiment.latent_model}; name that one, or encode again"
+        )
+    width = getattr(model, "context_dim", None)
+    if about.text is not None and width != about.text[1]:
+        raise UserError(f"config.model.context_dim is {width}; captions of {folder} are {about.text[1]} wide")
+    if getattr(model, "extra_channels", 0) and not about.inpainting:
+        raise UserError(f"config.model paints in, and {folder} was encoded without masks; encode it with this config")
+
+
+def _check_evaluation(config):
+    """Raises UserError now for what only the evaluation reads, days later."""
+    if config.captions is not None:
+        _read_lines(config.captions)
+    if config.clip is not None and not (absolute(config.clip) / "config.json").exists():
+        raise UserError(f"config.evaluate.clip: {config.clip} holds no config.json; name a CLIP model's folder")
 
 
 def _check_network(experiment):
@@ -259,7 +293,10 @@ def _check_imported(config, name, path):
                         f"{'stage1' if theirs.unet.w_conditioned else 'teacher'}.checkpoint")  # fmt: skip
     predicts = "v" if name == "stage1" and experiment.to_v.updates else experiment.parameterisation
     if theirs.parameterisation != predicts:
-        raise UserError(f"{key}: {path} predicts {theirs.parameterisation}, and the config says {predicts}")
+        raise UserError(
+            f"{key}: {path} predicts {theirs.parameterisation}, and the config says {predicts} (config.parameterisation"
+            ", and config.to_v.updates, 0 where stage one is given)"
+        )
 
 
 def _what_it_is(config, name):

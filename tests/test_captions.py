@@ -160,7 +160,7 @@ def test_what_is_held_out_is_not_trained_on(in_memory):
         source.__getitems__ = lambda indices: [whole[i] for i in indices]
     train, test = data.held_out(source, 4)
     assert read_tokens(test)[:, 0].tolist() == [0, 4, 8]
-    assert data.read_captions(test) == ["a", "e", "i"]
+    assert data.read_captions(test, 3) == ["a", "e", "i"]
     assert read_tokens(train)[:, 0].tolist() == [1, 2, 3, 5, 6, 7, 9]
     assert read_range(train, 2, 4)["label"].tolist() == [3, 5]
 

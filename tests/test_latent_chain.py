@@ -1,6 +1,7 @@
 """From an imported latent model to pictures: the chain, its evaluation, and what can be asked of the students."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 
@@ -8,10 +9,20 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from latent_run import MODEL, TEXT, drawn_like, latent_config, random_params, write_model, write_pairs, write_tokenizer
+from latent_run import (
+    COLOURS,
+    MODEL,
+    TEXT,
+    drawn_like,
+    latent_config,
+    random_params,
+    write_model,
+    write_pairs,
+    write_tokenizer,
+)
 from PIL import Image
 
-from guided_distill import pipeline, sample
+from guided_distill import generate, pipeline, sample
 from guided_distill.data import load_dataset, make_batches
 from guided_distill.encode import encode
 from guided_distill.errors import UserError
@@ -23,6 +34,7 @@ from guided_distill.interop.diffusers_configs import write_text_encoder
 from guided_distill.interop.latent_folder import read_latent, write_latent
 from guided_distill.interop.tensors import export_tree
 from guided_distill.latent_space import open_space
+from guided_distill.masks import draw_mask, shrink
 from guided_distill.models.clip import TextEncoder, VisionConfig, VisionEncoder, clip_pixels, clip_score
 from guided_distill.models.latent_models import part_shapes
 from guided_distill.sharding import make_mesh, place
@@ -171,6 +183,23 @@ def test_an_imported_model_unlike_the_config_is_named(encoded, tmp_path, model, 
         pipeline.open_run(latent_config(tmp_path, **updates), tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    ("updates", "seed", "says"),
+    [
+        ({}, 1, "was encoded by another model than config.latent_model"),
+        ({"model.context_dim": 16}, 0, "context_dim: 8 -> 16|captions of .* are 8 wide"),
+        ({"evaluate.captions": "nowhere.txt"}, 0, "nowhere.txt cannot be read"),
+        ({"evaluate.clip": "nowhere"}, 0, "nowhere holds no config.json"),
+    ],
+)
+def test_what_would_fail_late_is_named_at_once(encoded, tmp_path, updates, seed, says):
+    folder, _ = encoded
+    shutil.copytree(folder / "latents", tmp_path / "latents")
+    write_model(tmp_path / "model", seed=seed)
+    with pytest.raises(UserError, match=says):
+        pipeline.open_run(latent_config(tmp_path, **updates), tmp_path / "run")
+
+
 def test_a_network_that_takes_w_begins_at_stage_two(encoded, tmp_path):
     folder, _ = encoded
     student = dataclasses.replace(MODEL, unet=dataclasses.replace(MODEL.unet, w_conditioned=True))
@@ -199,8 +228,16 @@ def test_a_network_that_paints_in_is_told_the_hole(tmp_path, monkeypatch):
     config = latent_config(tmp_path, PAINTS_IN, **{"data.holdout": 3, "data.flip": True})
     encode(config, f"folder:{write_pairs(tmp_path / 'pairs')}")
     config["data"]["holdout"] = 0
-    batch = next(make_batches(load_dataset(from_config(config).data).train, batch_size=4, seed=0, flip=True))
+    train, space = load_dataset(from_config(config).data).train, open_space(tmp_path / "model")
+    batch = next(make_batches(train, batch_size=4, seed=0, flip=True))
     assert batch["mask"].shape == (4, 4, 4, 1) and batch["masked"].shape == (4, 4, 4, 4)
+    for i, flipped in itertools.product(range(4), (False, True)):
+        colour = list(COLOURS.values())[(1, 2, 4, 5)[i] % 4]  # every third picture is held out
+        hole = draw_mask(np.random.default_rng((i, flipped, 0)), 8)
+        around = (np.array(colour, np.float32) / 127.5 - 1.0) * (1.0 - hole)
+        found = train.read([i], [flipped], None)
+        np.testing.assert_array_equal(found["mask"][0], shrink(hole, 4))
+        np.testing.assert_allclose(found["masked"], space.encode(around[None]), atol=5e-3)
     monkeypatch.setattr(Run, "finished", lambda self, stage: True)
     monkeypatch.setattr(Run, "params_of", lambda self, stage: place(self.mesh, drawn_like(shapes_of(stage.init))))
     Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "red.png")
@@ -209,11 +246,17 @@ def test_a_network_that_paints_in_is_told_the_hole(tmp_path, monkeypatch):
     hole.paste(255, (4, 0, 8, 8))
     hole.save(tmp_path / "half.png")
     Image.new("L", (8, 8), 255).save(tmp_path / "all.png")
-    drawn = []
+    drawn, told_of = [], []
+    sampler = generate.sample_images
+    monkeypatch.setattr(generate, "sample_images", lambda *a, **k: told_of.append(k["conditions"]) or sampler(*a, **k))
     for name in ("half", "all"):
         given = sample.From(image=str(tmp_path / "red.png"), mask=str(tmp_path / f"{name}.png"))
         drawn.append(draw((tmp_path, config), tmp_path / "x.npz", captions=["blue"], begin=given))
     assert np.abs(drawn[0] - drawn[1]).max() > 1e-3
+    kept = np.zeros((8, 8, 3), np.float32)
+    kept[:, :4] = [1.0, -1.0, -1.0]
+    np.testing.assert_allclose(told_of[0]["masked"], space.encode(kept[None]), atol=1e-5)
+    assert told_of[0]["mask"][0, 0, :, 0].tolist() == [0, 0, 1, 1] and told_of[1]["mask"].min() == 1
     told = {**TOLD, "captions": ["blue"], "out": str(tmp_path / "x.png")}
     for begin, says in (
         (sample.From(), "give it --image and --mask besides --caption"),

@@ -34,7 +34,7 @@ def dataset(folder, **updates):
 def test_latents_are_what_the_autoencoder_says(place):
     train = dataset(place).train
     space = open_space(place / "model")
-    assert len(train) == 8 and train.texts()[:3] == ["green", "blue", "red"]
+    assert len(train) == 8 and train.texts(3) == ["green", "blue", "red"]
     batch = data.read_range(train, 0, 2)
     green = np.full((1, 8, 8, 3), -1.0, np.float32) + np.array([0, 2, 0], np.float32)
     params = space.params["autoencoder"]
@@ -102,6 +102,18 @@ def test_shards_of_webdataset_hold_the_same_pairs(tmp_path):
         np.testing.assert_array_equal(one["image"], other["image"])
 
 
+def test_pictures_stand_upright_and_what_is_hidden_is_none(tmp_path):
+    image = Image.new("RGB", (8, 8))
+    image.paste((255, 0, 0), (0, 0, 8, 4))
+    turned = image.getexif()
+    turned[0x0112] = 3  # taken upside down
+    image.save(tmp_path / "A.JPG", exif=turned, quality=95)
+    (tmp_path / "A.TXT").write_text("red below")
+    (tmp_path / "._A.JPG").write_bytes(b"no picture")
+    (pair,) = data.pairs.open_pairs(tmp_path, 8, captioned=True)
+    assert pair["text"] == "red below" and pair["image"][6, 4, 0] > 200 > 50 > pair["image"][1, 4, 0]
+
+
 def test_classes_are_subfolders_or_say_themselves(tmp_path):
     for name in ("cat", "dog"):
         write_pairs(tmp_path / name, num=2)
@@ -118,7 +130,7 @@ def test_a_folder_of_pictures_is_a_data_set(tmp_path):
     found = data.load_dataset(config)
     batch = next(data.make_batches(found.train, batch_size=2, seed=0, flip=False))
     assert len(found.test) == 4 and batch["x"].shape == (2, 8, 8, 3) and batch["tokens"].shape == (2, 4)
-    assert data.read_captions(found.test) == ["red", "white", "blue", "green"]
+    assert data.read_captions(found.test, 4) == ["red", "white", "blue", "green"]
 
 
 def test_an_interrupted_encoding_goes_on_and_ends_the_same(tmp_path):
@@ -147,6 +159,8 @@ def test_an_interrupted_encoding_goes_on_and_ends_the_same(tmp_path):
         ({"data.shape": (8, 8, 4)}, "data.shape: latents of .* are 4x4x4, the config says 8x8x4"),
         ({"data.text_length": 7}, "data.text_length: captions of .* have 8 tokens, the config says 7"),
         ({"data.holdout": 3}, "was said to --mode=encode"),
+        ({"data.num_classes": 5}, "was encoded for 4 classes, the config says 5"),
+        ({"data.name": "latents:gs://bucket/x"}, "mount the bucket"),
     ],
 )
 def test_a_set_unlike_the_config_is_named(place, updates, message):
@@ -168,9 +182,16 @@ def test_a_set_of_other_settings_is_left_alone(place):
         ({"latent_model": None}, "folder:.", "config.latent_model is missing"),
         ({"data.shape": (4, 4, 3)}, "folder:.", "latents of .* have 4 channels"),
         ({}, "folder:nowhere", "nowhere: no such folder of pictures"),
+        ({"data.text_length": 0, "data.num_classes": 1}, "CLASSES", "label 1 of picture 2 of .* is outside 0..0"),
+        ({}, "BARE", "001.png has no caption"),
     ],
 )
-def test_what_cannot_be_encoded_is_named(place, updates, source, message):
+def test_what_cannot_be_encoded_is_named(place, tmp_path, updates, source, message):
+    for name in ("cat", "dog"):
+        write_pairs(tmp_path / "classes" / name, num=2)
+    (write_pairs(tmp_path / "bare", num=2) / "001.txt").unlink()
+    source = {"CLASSES": f"folder:{tmp_path / 'classes'}", "BARE": f"folder:{tmp_path / 'bare'}"}.get(source, source)
+    updates = {"data.name": f"latents:{tmp_path / 'latents'}"} | updates
     with pytest.raises(UserError, match=message):
         encode(latent_config(place, **updates), source)
 

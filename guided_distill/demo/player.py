@@ -63,6 +63,8 @@ class Player:
         self.w_range = (min(lows), max(highs))
         self.num_classes = bundle.students[0].model.num_classes
         shape = bundle.students[0].model.sample_shape
+        if bundle.students[0].model.data_range is None and len(shape) == 3:
+            raise UserError("the bundle's samples are latents, and it holds nothing that makes pictures of them")
         are_pictures = len(shape) == 3 and shape[-1] in (1, 3)
         self.editors = {n: s for n, s in self.students.items() if are_pictures and s.sampler == "deterministic"}
 

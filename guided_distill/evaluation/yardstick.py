@@ -27,7 +27,7 @@ from guided_distill.files import write_whole
 from guided_distill.models import classifier
 
 _CLASSIFIER_IMAGES = 50_000
-_CHUNK = 5000  # images that are decoded at a time
+_CHUNK, _CHUNK_BYTES = 5000, 2**29  # images that are decoded at a time, at most
 _BATCH = {"classifier": 512}
 _BATCH_OF_IMAGENET = 64
 _NEIGHBOURS = 10_000  # real images whose features are kept, for precision, recall and the kernel distance
@@ -154,8 +154,9 @@ def _reference_of(network, images, mesh, texts):
     kept = kept_rows(count)
     half = np.random.default_rng(0).permutation(count) % 2  # that an image is in, for the noise floor
     halves, rows = [None, None], []
-    for start in range(0, count, _CHUNK):
-        stop = min(start + _CHUNK, count)
+    chunk = max(1, min(_CHUNK, _CHUNK_BYTES // read_range(images, 0, 1)["x"].nbytes))
+    for start in range(0, count, chunk):
+        stop = min(start + chunk, count)
         features, _ = features_of(network, read_range(images, start, stop)["x"], mesh)
         for k in (0, 1):
             own = features[half[start:stop] == k]

@@ -66,12 +66,19 @@ def make_card(experiment, students, formats, verified, licence):
     return "\n".join(part for part in parts if part)
 
 
+def title(name):
+    """The name of a data set without where it lies on somebody's disk."""
+    return name.rpartition("/")[2]
+
+
 def _head(experiment, students, licence):
     shape = "×".join(map(str, experiment.data.sample_shape))
+    latent = " Samples\nare latents, which the autoencoder they were encoded with turns into pictures; it is not here."
+    latent = latent if experiment.latent_model else ""
     return (
-        f"# Few-step diffusion students of {experiment.data.name}\n\n"
+        f"# Few-step diffusion students of {title(experiment.data.name)}\n\n"
         f"Distilled with guidance (arXiv 2210.03142): a few network calls, for every guidance strength w of the\n"
-        f"range below, where w = 0 is no guidance. Samples {shape}, {experiment.data.num_classes} classes.\n\n"
+        f"range below, where w = 0 is no guidance. Samples {shape}, {experiment.data.num_classes} classes.{latent}\n\n"
         f"Licence of weights and data: {licence or 'not stated by who exported this'}. Written by guided_distill "
         f"{guided_distill.__version__}.\n"
     )

@@ -21,7 +21,8 @@ FORMATS = ("bundle", "stablehlo", "onnx", "diffusers")
 _BY_DEFAULT = (1, 2, 4, 8)
 _FIGURES = ("sampler", "num_steps", "nfe", "w", "seconds_per_image", "metrics", "intervals", "num_samples",
             "feature_network", "reference")  # fmt: skip
-_PATHS = (("data", "data_dir"), ("teacher", "checkpoint"), ("stage1", "checkpoint"), ("evaluate", "reference"))
+_PATHS = (("data", "data_dir"), ("teacher", "checkpoint"), ("stage1", "checkpoint"), ("evaluate", "reference"),
+          ("evaluate", "captions"), ("evaluate", "clip"))  # fmt: skip
 
 
 def export(config, workdir, *, formats, stages, with_teacher, licence, out):
@@ -120,7 +121,7 @@ def _make(form, this, students, directory, config, licence):
     """Writes one format, loads it back and returns {name: deviation}. Raises UserError where one is above its bound."""
     batch_size = this.experiment.evaluate.batch_size
     if form == "bundle":
-        about = {"data": this.experiment.data.name, "licence": licence, "config": _without_paths(config)}
+        about = {"data": card.title(this.experiment.data.name), "licence": licence, "config": _without_paths(config)}
         bundle.write(directory, students, this.grid.num_intervals, batch_size, about)
         deviations = verify.bundle(directory, students, this.grid, batch_size)
     elif form == "diffusers":
@@ -145,6 +146,8 @@ def _make(form, this, students, directory, config, licence):
 def _without_paths(config):
     """A config without what it says of the machine it ran on."""
     config = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
+    config["latent_model"] = None
+    config["data"]["name"] = card.title(config["data"]["name"])
     for group, key in _PATHS:
         if key in config.get(group, {}):
             config[group][key] = None
@@ -160,7 +163,7 @@ def _write_card(this, students, directory, formats, verified, licence):
                            batch_size=this.experiment.evaluate.batch_size, conditions=this.conditions)  # fmt: skip
         rows.append((f"{student.name}, {steps} step{'s' * (steps != 1)}, w = {w:g}", this.shown(x)))
     groups = [("the same noise in each column", rows)]
-    pictures.save_png(directory / "samples.png", pictures.comparison(groups, this.experiment.data.name))
+    pictures.save_png(directory / "samples.png", pictures.comparison(groups, card.title(this.experiment.data.name)))
     text = card.make_card(this.experiment, students, formats, verified, licence)
     (directory / "README.md").write_text(text)
 

@@ -9,6 +9,7 @@ from guided_distill import diffusion
 from guided_distill.errors import UserError
 from guided_distill.interop.diffusers_folder import write_diffusers
 from guided_distill.interop.latent_folder import read_latent
+from guided_distill.teachers import make_module
 
 FOLDER = "diffusers"
 _NEEDS = ("diffusers", "torch", "transformers")
@@ -53,10 +54,10 @@ def write(directory, this, students, say):
 def _model(this, student):
     """(the LatentModel of a student with the frozen parts around it, their parameters)."""
     _, frozen = read_latent(this.space.folder, [part for part in this.space.model.parts if part != "unet"])
-    config = dataclasses.replace(this.space.model.unet, w_conditioned=student.model.w_conditioned)
+    module = make_module(this.experiment, student.model.w_conditioned, student.model.parameterisation)
     model = dataclasses.replace(
         this.space.model,
-        unet=config,
+        unet=module.config,
         parameterisation=student.model.parameterisation,
         latent_side=this.experiment.data.sample_shape[0],
     )
