@@ -16,7 +16,7 @@ from guided_distill.stages import make_stages
 class FakeRun:
     """A tiny run on arrays in memory, whose networks are replaced by closed forms."""
 
-    captions = None
+    conditions = None
 
     def __init__(self, models, **values):
         self.experiment = from_config(tiny_config(**values))

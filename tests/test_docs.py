@@ -20,7 +20,7 @@ import pytest
 from forked import parse_main, run_script
 from tiny import tiny_config
 
-from configs import common, emoji_text
+from configs import common, emoji_text, stable_diffusion
 from guided_distill import samplers
 from guided_distill.diffusion import make_grid
 from guided_distill.experiment import from_config
@@ -151,7 +151,7 @@ def keys(config, prefix=""):
 @pytest.mark.parametrize("name", DOCS)
 def test_the_keys_are_keys(name):
     said = re.findall(r"(?<![\w/.-])(?:--)?config\.([a-z]\w*(?:\.[a-z]\w*)*)", without_blocks(text_of(name), "python"))
-    known = {*keys(common.get_config()), *keys(emoji_text.get_config())}
+    known = {key for config in (common, emoji_text, stable_diffusion) for key in keys(config.get_config())}
     assert set(said) - known == set()
 
 
