@@ -5,18 +5,20 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-import plain_features
 import pytest
 from captioned import captioned_config
+from latent_run import drawn_like
 
-from guided_distill import data, pipeline, sample
+from guided_distill import data, sample
 from guided_distill.data import load_dataset, make_batches, read_range, read_tokens
 from guided_distill.errors import UserError
 from guided_distill.evaluation import captions
 from guided_distill.experiment import from_config
 from guided_distill.guidance import null_caption
-from guided_distill.teachers import initial_params, make_model
+from guided_distill.sharding import place
+from guided_distill.teachers import initial_params, make_model, shapes_of
 from guided_distill.text import end_of_text, hashed_words
+from guided_distill.workdir import Run
 
 EXPERIMENT = from_config(captioned_config())
 LENGTH, VOCABULARY = EXPERIMENT.data.text_length, EXPERIMENT.data.vocabulary
@@ -166,11 +168,9 @@ def test_what_is_held_out_is_not_trained_on(in_memory):
 
 
 @pytest.mark.slow
-def test_the_whole_chain(tmp_path, monkeypatch):
-    plain_features.use(monkeypatch)
-    summary = pipeline.run(captioned_config(), tmp_path)
-    for row in summary["rows"]:
-        assert 0.0 <= row["metrics"]["retrieval_efficientnet_lite0"] <= 1.0
+def test_pictures_are_drawn_of_captions(tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "finished", lambda self, stage: True)
+    monkeypatch.setattr(Run, "params_of", lambda self, stage: place(self.mesh, drawn_like(shapes_of(stage.init))))
     told = {"num_steps": 2, "series": None, "w": 1.0, "num": 4, "seed": 0}
     out = tmp_path / "x.npz"
     sample.sample(captioned_config(), tmp_path, **told, labels=None, captions=["a red square", "sky"], out=str(out))
