@@ -254,9 +254,8 @@ def test_the_plan_prints_every_stage():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:16x16", "v4:4x4x4"])
-def test_imagenet64_fits_as_shipped(topology):
-    experiment, place = from_config(imagenet64.get_config().to_dict()), plan.place_for(topology)
+def test_imagenet64_fits_as_shipped():
+    experiment, place = from_config(imagenet64.get_config().to_dict()), plan.place_for("v5e:16x16")
     stages = plan.make_plan(experiment, place, KNOWN)
     assert all(stage.batch_size == 2048 and stage.fits(place.topology) for stage in stages)
     assert stages[0].parameters == 295_900_035
@@ -321,13 +320,3 @@ def test_memory_is_what_the_compiler_schedules():
         plans = plan.make_plan(from_config(config.get_config().to_dict()), plan.place_for(topology), KNOWN)
         ours = {stage.name: stage.bytes / 2**20 for stage in plans}
         assert {name: ours[name] for name in sizes} == pytest.approx(sizes, rel=0.25)
-
-
-@pytest.mark.slow
-def test_every_shipped_config_is_planned():
-    # Networks of latents, which take half a minute each to count, are in README's table.
-    for name, config in CONFIGS.items():
-        if config.get_config().latent_model:
-            continue
-        topology = "v5e:16x16" if name == "imagenet64" else "v5e:2x2"
-        assert plan.make_plan(from_config(config.get_config().to_dict()), plan.place_for(topology), KNOWN)
