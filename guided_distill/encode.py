@@ -18,12 +18,11 @@ from guided_distill import data, distributed, latents, masks, pairs
 from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
 from guided_distill.files import read_json, write_whole
-from guided_distill.latent_space import open_space
+from guided_distill.latent_space import frozen_hash, open_space
 from guided_distill.tfds_files import open_set, open_split
 
 _SHARD = 1024  # records
 _CHUNK = 64  # pictures that are decoded and encoded at a time
-_INPAINTING = 5  # extra channels of a network that paints in
 
 
 def encode(config, source):
@@ -117,7 +116,7 @@ def _about(experiment, space, source, splits):
     return latents.About(
         shape=experiment.data.sample_shape,
         source=source,
-        model_hash=space.hash(),
+        model_hash=frozen_hash(space.folder),
         posterior=space.posterior,
         flips=experiment.data.flip,
         text=text,

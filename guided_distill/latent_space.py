@@ -71,10 +71,6 @@ class LatentSpace:
     def _tokenizer(self):
         return read_tokenizer(self.folder / "tokenizer")
 
-    def hash(self) -> str:
-        """See `frozen_hash`."""
-        return frozen_hash(self.folder)
-
     def _by_parts(self, run, params, rows):
         """run(params, rows) over a few rows of each device at a time; the last lot is computed whole and cut."""
         size, found = _AT_A_TIME * self.mesh.size, []
