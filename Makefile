@@ -40,6 +40,12 @@ venv: .venv/installed
 	@$(INSTALL) --no-deps torch-fidelity clip-anytorch
 	@touch $@
 
+# What is tested slowly: the converter to ONNX and the page.
+.venv/extras: .venv/installed
+	@echo 'Installing jax2onnx, onnxruntime and Gradio into .venv'
+	@$(INSTALL) -e '.[test,onnx,demo]'
+	@touch $@
+
 # What the slow tests of the report look through.
 browser:
 	@test -x /usr/bin/chromium -a -x /usr/bin/chromedriver || { \
@@ -55,7 +61,7 @@ ifeq ($(SLOW_TESTS),)
 test-slow:
 	@echo 'no test is marked slow'
 else
-test-slow: venv browser
+test-slow: .venv/extras browser
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m slow $(SLOW_TESTS)
 endif
 

