@@ -108,7 +108,7 @@ def torch_turns(experiment, params):
     config = dataclasses.replace(
         experiment.model, num_classes=experiment.data.num_classes, out_channels=channels, w_conditioned=False
     )
-    model = unet_torch.UNet(config, side, channels)
+    model = unet_torch.make_unet(config, side, channels)
     unet_torch.load_flax(model, params)
     model = model.to(memory_format=torch.channels_last)
     x, label = torch.tensor(batch["x"]).movedim(-1, 1), torch.tensor(batch["label"]).long()

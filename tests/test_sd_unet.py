@@ -13,7 +13,8 @@ from flax import traverse_util
 from guided_distill.diffusion import DiscreteBetas
 from guided_distill.models import make_model_fn
 from guided_distill.models.attention import Attention, implementation
-from guided_distill.models.sd_unet import SD_UNETS, SDUNet, SDUNetConfig, strength_sinusoid, time_sinusoid, timestep
+from guided_distill.models.embeddings import sinusoid
+from guided_distill.models.sd_unet import SD_UNETS, SDUNet, SDUNetConfig, time_sinusoid, timestep
 
 TINY = SDUNetConfig(
     channels=8,
@@ -168,7 +169,7 @@ def test_time_is_that_of_the_schedule_of_discrete_betas():
 
 def test_the_two_sinusoids_are_those_of_stock_pipelines():
     """cos || sin of time over dim / 2 frequencies, sin || cos of 1000 w over one less: written down by hand."""
-    time, w = time_sinusoid(jnp.array([999.0]), 320)[0], strength_sinusoid(jnp.array([2.0]), 256)[0]
+    time, w = time_sinusoid(jnp.array([999.0]), 320)[0], sinusoid(jnp.array([2000.0]), 256)[0]
     last = np.exp(-np.log(1e4) * 159 / 160)
     expected = [np.cos(999.0), np.sin(999.0), np.cos(999.0 * last), np.sin(999.0 * last)]
     np.testing.assert_allclose(time[jnp.array([0, 160, 159, 319])], expected, atol=1e-4)

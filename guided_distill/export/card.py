@@ -35,6 +35,19 @@ image = pipeline("a caption", num_inference_steps={num_steps}, guidance_scale={s
 call of the network, and the negative prompt has no effect. There is no safety checker in these folders: pictures are
 shown as the model makes them.
 """
+_DIFFUSERS_OF_CLASSES = """## With diffusers
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("{directory}/diffusers/{name}", trust_remote_code=True)
+images = pipeline([{labels}], guidance_scale={scale:g}).images
+```
+
+The folder brings its own pipeline, scheduler and networks as a few hundred lines of PyTorch, which is what
+`trust_remote_code` stands for. `guidance_scale` is 1 + w, and one outside the trained range is refused. Every step is
+one call of the network. The teacher, if it is here, is in the other formats.
+"""
 _ONNX = """## With onnxruntime alone
 
 `python run_onnx.py {name}_sampler {w:g}` writes 16 samples to samples.npz; onnxruntime and NumPy are all it needs.
@@ -61,7 +74,8 @@ def make_card(experiment, students, formats, verified, licence):
         "shape": ", ".join(map(str, first.model.sample_shape)),
         "bounds": "" if first.model.data_range is None else f" in ±{first.model.data_range:g}",
     }
-    parts += [_USAGE[form].format(**words) for form in formats]
+    usage = _USAGE if first.model.cond_fields else _USAGE | {"diffusers": _DIFFUSERS_OF_CLASSES}
+    parts += [usage[form].format(**words) for form in formats]
     parts += [_table_of_students(students), _table_of_figures(students), _verification(students, verified)]
     return "\n".join(part for part in parts if part)
 

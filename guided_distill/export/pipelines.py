@@ -1,4 +1,4 @@
-"""Students of latents as folders that a stock StableDiffusionPipeline loads: its guidance_scale is 1 + w."""
+"""Students as folders of diffusers: those of text in its stock pipelines, where guidance_scale is 1 + w."""
 
 import dataclasses
 import importlib.util
@@ -7,6 +7,7 @@ import jax
 
 from guided_distill import diffusion
 from guided_distill.errors import UserError
+from guided_distill.export import class_pipelines
 from guided_distill.interop.diffusers_folder import write_diffusers
 from guided_distill.interop.latent_folder import read_latent
 from guided_distill.teachers import make_module
@@ -16,38 +17,42 @@ _NEEDS = ("diffusers", "torch", "transformers")
 
 
 def check(this, students):
-    """Raises UserError where there is no stock pipeline for these students, or no diffusers to try them in."""
+    """Raises UserError where there is no pipeline for these students, or no diffusers to try them in."""
     missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
             f"--formats=diffusers: what is written is tried there, and {', '.join(missing)} is not installed; "
             "pip install 'guided_distill[diffusers]'"
         )
-    if this.space is None or this.space.model.text_encoder is None:
-        raise UserError(
-            "--formats=diffusers: stock pipelines are of text in latent space (config.latent_model); export this run "
-            "as a bundle"
-        )
-    if not isinstance(this.experiment.schedule, diffusion.DiscreteBetas):
-        raise UserError("--formats=diffusers: stock schedulers have config.schedule.name 'discrete_betas' only")
     for student in students:
         if student.num_steps is None or student.sampler != "deterministic":
             raise UserError(
-                f"--formats=diffusers: {student.name} has no stock sampler there; name deterministic students of "
-                "stage two by --stages"
+                f"--formats=diffusers: {student.name} has no sampler there; name deterministic students of stage two "
+                "by --stages"
             )
+    if not _of_text(this):
+        class_pipelines.check(this, students)
+    elif not isinstance(this.experiment.schedule, diffusion.DiscreteBetas):
+        raise UserError("--formats=diffusers: stock schedulers have config.schedule.name 'discrete_betas' only")
+
+
+def _of_text(this):
+    return this.space is not None and this.space.model.text_encoder is not None
 
 
 def write(directory, this, students, say):
     """Writes directory/diffusers/<name> for each of the students; `say` is told of steps that a pipeline rounds."""
     for student in students:
+        folder = directory / FOLDER / student.name
+        if not _of_text(this):
+            class_pipelines.write(folder, this, student)
+            continue
         betas = this.experiment.schedule.num_betas
         if betas % student.num_steps:
             say(
                 f"diffusers: {student.name}: {student.num_steps} does not divide the {betas} times of its scheduler, "
                 "which goes through others than it was trained at: expect a larger deviation"
             )
-        folder = directory / FOLDER / student.name
         write_diffusers(folder, *_model(this, student), this.space.folder / "tokenizer")
 
 

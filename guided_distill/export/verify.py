@@ -67,15 +67,19 @@ _OF_DIFFUSERS = """
 import pathlib, sys
 import numpy as np
 import torch
-from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 
 directory, inputs, out = sys.argv[1:]
 given, made = np.load(inputs), {}
 names = sorted({key.split("/")[0] for key in given.files})
 for name in names:
     folder = pathlib.Path(directory) / "diffusers" / name
-    kind = StableDiffusionInpaintPipeline if f"{name}/masked" in given else StableDiffusionPipeline
-    pipeline = kind.from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
+    of_classes = f"{name}/label" in given
+    if of_classes:
+        pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    else:
+        kind = StableDiffusionInpaintPipeline if f"{name}/masked" in given else StableDiffusionPipeline
+        pipeline = kind.from_pretrained(folder, safety_checker=None, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     calls = []
     pipeline.unet.register_forward_hook(lambda module, args, result: calls.append(len(args[0])))
@@ -92,12 +96,15 @@ for name in names:
             mask = mask.repeat_interleave(pipeline.vae_scale_factor, 3)
             hole = {"image": mask.repeat(1, 3, 1, 1), "mask_image": mask, "strength": 1.0}
             hole |= {"masked_image_latents": channels_first("masked"), "height": mask.shape[2], "width": mask.shape[3]}
+        asked = {"class_labels": [int(given[f"{name}/label"][i])]} if of_classes else {
+            "prompt_embeds": torch.tensor(given[f"{name}/text"][i : i + 1])
+        }
         latents = pipeline(
-            prompt_embeds=torch.tensor(given[f"{name}/text"][i : i + 1]),
             latents=channels_first("noise"),
             num_inference_steps=steps,
             guidance_scale=1.0 + float(given[f"{name}/w"][i]),
             output_type="latent",
+            **asked,
             **hole,
         ).images
         assert calls == [1] * steps, f"{calls} calls of the network for {steps} steps"
@@ -108,7 +115,7 @@ np.savez(out, **made)
 
 def bound(form, student):
     """The largest deviation that an artefact of this form may have from the live student."""
-    if form == "diffusers" and student.model.schedule.num_betas % student.num_steps:
+    if form == "diffusers" and student.model.cond_fields and student.model.schedule.num_betas % student.num_steps:
         return _ROUNDED
     dtype = (student.network or {}).get("dtype", "float32")
     return _BOUNDS[form][dtype]
@@ -172,10 +179,10 @@ def _functions(program, directory, students, grid):
 
 
 def pipelines(directory, students, grid):
-    """{name: deviation} of the latents that stock pipelines end with from those of the live samplers.
+    """{name: deviation} of what pipelines end with, latents or pixels, from that of the live samplers.
 
-    The same noise, text embedded at random, several w, one picture at a time. Raises UserError where a pipeline calls
-    its network more than once a step.
+    The same noise, text embedded at random or classes, several w, one picture at a time. Raises UserError where a
+    pipeline calls its network more than once a step.
     """
     mesh = sharding.make_mesh(_cpus()[:1])
     grid, inputs, expected = sharding.place(mesh, jax.device_get(grid)), {}, {}
@@ -185,6 +192,8 @@ def pipelines(directory, students, grid):
         fields = [(name, shape) for name, shape, _ in student.model.cond_fields if name != "null_text"]
         fields.append(("noise", student.model.sample_shape))
         given = {name: rng.normal(size=(num, *shape)).astype(np.float32) for name, shape in fields} | {"w": strengths}
+        if not fields[:-1]:
+            given["label"] = np.arange(num, dtype=np.int32) % student.model.num_classes
         if "mask" in given:
             given["mask"] = (given["mask"] > 0.0).astype(np.float32)
         run = generate.compiled(live.model.static(), samplers.SAMPLERS[student.sampler], mesh)
@@ -281,7 +290,8 @@ def _in_a_fresh_process(program, directory, given, environment):
                 np.savez(file, **given)
         done = subprocess.run(
             [sys.executable, "-c", program, str(directory), str(source), str(out)],
-            env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+            # HF_MODULES_CACHE: where diffusers copies the code that a folder brings along.
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "HF_MODULES_CACHE": scratch, **environment},
             cwd=scratch,
             capture_output=True,
             text=True,

@@ -14,7 +14,7 @@ from guided_distill.interop.tensors import export_tree, import_tree
 from guided_distill.interop.weight_files import read_safetensors
 from guided_distill.models.latent_models import LatentModel, part_shapes
 
-_VERSION = "0.42.1"  # whose layout this is: the inpainting pipeline asks for it
+VERSION = "0.42.1"  # whose layout this is: the inpainting pipeline asks for it
 # part -> (its folder, stem of its weights' file, its names)
 PARTS = {
     "unet": ("unet", "diffusion_pytorch_model", names.unet),
@@ -87,7 +87,7 @@ def _index(model):
     text = "CLIPTextModelWithProjection" if model.text_encoder.projection else "CLIPTextModel"
     return {
         "_class_name": "StableDiffusionInpaintPipeline" if model.unet.extra_channels else "StableDiffusionPipeline",
-        "_diffusers_version": _VERSION,
+        "_diffusers_version": VERSION,
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "VQModel" if model.autoencoder.num_codes else "AutoencoderKL"],
         "text_encoder": ["transformers", text],

@@ -5,12 +5,15 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def sinusoid(position, dim):
     """[sin, cos] of position [B] times exp(-ln(1e4) j / (dim/2 - 1)), j < dim/2: [B, dim] (arXiv 2107.00630)."""
     half = dim // 2
-    frequencies = jnp.exp(-jnp.log(1e4) * jnp.arange(half, dtype=jnp.float32) / (half - 1))
+    # By NumPy: at angles of 1000 another rounding of these shows, and platforms round exp differently.
+    step = np.log(np.float32(1e4)) / np.float32(half - 1)
+    frequencies = np.exp(np.arange(half, dtype=np.float32) * -step)
     angle = position.astype(jnp.float32)[:, None] * frequencies[None, :]
     # Of jnp.cos, but not of lax.cos, jax2onnx makes the sine of angle + pi/2, which at angles of 1000 rounds to 1e-4.
     return jnp.concatenate([jnp.sin(angle), jax.lax.cos(angle)], axis=-1)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from guided_distill.models.attention import Attention
+from guided_distill.models.embeddings import sinusoid
 from guided_distill.models.latent_blocks import Downsample, ResnetBlock, Upsample, conv
 from guided_distill.models.norm import GroupNorm
 
@@ -120,7 +121,7 @@ class LatentEmbedding(nn.Module):
         emb = time_sinusoid(time, config.channels)
         if config.w_conditioned:
             branch = dense(config.channels, use_bias=False, kernel_init=nn.initializers.zeros, name="w")
-            emb = emb + branch(strength_sinusoid(w, config.w_channels)).astype(emb.dtype)
+            emb = emb + branch(sinusoid(1000.0 * w, config.w_channels)).astype(emb.dtype)
         emb = dense(4 * config.channels, name="time1")(emb)
         return dense(4 * config.channels, name="time2")(nn.swish(emb))
 
@@ -201,18 +202,6 @@ def time_sinusoid(position, dim):
     frequencies = jnp.exp(-jnp.log(1e4) * jnp.arange(half, dtype=jnp.float32) / half)
     angle = position.astype(jnp.float32)[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-
-
-def strength_sinusoid(w, dim):
-    """[sin, cos] of 1000 w, w [B], times exp(-ln(1e4) j / (dim / 2 - 1)), j < dim / 2: [B, dim], as stock pipelines do.
-
-    Frequencies are rounded as there: at w = 14 the angle is 14,000, and another rounding shows in the fourth digit.
-    """
-    half = dim // 2
-    step = np.log(np.float32(1e4)) / np.float32(half - 1)
-    frequencies = jnp.asarray(np.exp(np.arange(half, dtype=np.float32) * -step))
-    angle = (1000.0 * w.astype(jnp.float32))[:, None] * frequencies[None, :]
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
 @functools.cache

@@ -35,7 +35,7 @@ def test_values_and_gradients_agree_with_pytorch(config):
     def ours(x):
         return model_fn(params, x, jnp.asarray(logsnr), {"label": jnp.asarray(label)})
 
-    model = unet_torch.UNet(config, 8, 3)
+    model = unet_torch.make_unet(config, 8, 3)
     unet_torch.load_flax(model.eval(), params)
     z = torch.tensor(x).movedim(-1, 1).requires_grad_()
     theirs = model(z, torch.tensor(logsnr), torch.tensor(label).long())
