@@ -30,15 +30,14 @@ def server(free_port):
     """(address, process) of the command."""
     port = free_port()
     command = [sys.executable, "-m", "guided_distill.demo", f"--bundle={BUNDLE}", f"--port={port}"]
-    process = subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True)
     address = f"http://127.0.0.1:{port}/"
-    try:
-        wait_for(lambda: process.poll() is not None or answers(address))
-        assert process.poll() is None, process.stderr.read()
-        yield address, process
-    finally:
-        process.terminate()
-        process.wait(60)
+    with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_for(lambda: process.poll() is not None or answers(address))
+            assert process.poll() is None, process.stderr.read()
+            yield address, process
+        finally:
+            process.terminate()
 
 
 def answers(address):
