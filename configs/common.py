@@ -37,6 +37,7 @@ def get_config():
     config.model.patch = 1
     config.model.dtype = "float32"
     config.model.remat = False
+    config.model.remat_policy = "nothing"
 
     config.schedule = ml_collections.ConfigDict({"name": "cosine"})
     config.parameterisation = "v"
@@ -108,7 +109,9 @@ def use_sd_unet(config, **values):
     What is not named is Stable Diffusion 1's. The teacher predicts eps.
     """
     betas = values.get("betas", (0.00085, 0.012))
-    config.model = ml_collections.ConfigDict({"name": "sd_unet", "dtype": "bfloat16", "remat": True, **values})
+    config.model = ml_collections.ConfigDict(
+        {"name": "sd_unet", "dtype": "bfloat16", "remat": True, "remat_policy": "nothing", **values}
+    )
     config.schedule = ml_collections.ConfigDict(
         {"name": "discrete_betas", "beta_start": betas[0], "beta_end": betas[1], "num_betas": 1000}
     )

@@ -6,6 +6,7 @@ from guided_distill import diffusion, latents
 from guided_distill.errors import UserError
 from guided_distill.evaluation.features import NETWORKS
 from guided_distill.models.clip import ACTIVATIONS
+from guided_distill.models.remat import POLICIES
 from guided_distill.samplers import BASELINES
 
 SERIES = ("det", "sto", "encode", "two", "tract", "consistency")
@@ -24,6 +25,9 @@ def check(experiment):
     ):
         if getattr(experiment, key) not in choices:
             raise UserError(f"config.{key} is {getattr(experiment, key)!r}; it must be one of {', '.join(choices)}")
+    policy = getattr(experiment.model, "remat_policy", "nothing")
+    if policy not in POLICIES:
+        raise UserError(f"config.model.remat_policy is {policy!r}; it must be one of {', '.join(POLICIES)}")
     _check_at_least(experiment)
     _check_rounds(experiment.stage2)
     _check_plan(experiment.rounds, experiment.stage2.series)

@@ -12,6 +12,7 @@ _FREE_KEYS = (
     *(f"config.{group}.accumulate" for group in ("teacher", "to_v", "stage1", "stage2")),
     "config.mesh",
     "config.model.remat",
+    "config.model.remat_policy",
     "config.evaluate",
     "config.log",
     "config.checkpoint",

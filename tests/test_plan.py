@@ -163,6 +163,9 @@ def test_rematerialisation_trades_memory_for_operations():
     plain, remat = (planned_alone("cpu:4", "teacher", **updates, **{"model.remat": flag}) for flag in (False, True))
     assert remat.memory["activations"] < 0.9 * plain.memory["activations"]
     assert plain.flops * 1.1 < remat.flops < 1.4 * plain.flops and remat.useful_flops == plain.useful_flops
+    kept = planned_alone("cpu:4", "teacher", **updates, **{"model.remat": True, "model.remat_policy": "products"})
+    assert remat.memory["activations"] < kept.memory["activations"] < 1.05 * plain.memory["activations"]
+    assert plain.flops <= kept.flops < 1.02 * plain.flops
 
 
 def test_collectives(plans):

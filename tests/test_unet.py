@@ -11,9 +11,10 @@ import pytest
 from analytic import quick_jit
 from flax import traverse_util
 
-from guided_distill import diffusion
+from guided_distill import costs, diffusion
 from guided_distill.models import make_model_fn
 from guided_distill.models.embeddings import noise_level, sinusoid
+from guided_distill.models.remat import POLICIES
 from guided_distill.models.unet import UNet, UNetConfig, _depth_to_space, _downsample, _space_to_depth, upsample
 
 CIFAR10 = UNetConfig(num_classes=0)
@@ -203,12 +204,13 @@ def test_bfloat16_computes_in_it_and_keeps_float32_outside():
     assert convolutions and all("bf16" in line.split("=")[0] for line in convolutions)
 
 
-def test_remat_changes_neither_parameters_nor_gradients():
+@pytest.mark.parametrize("policy", POLICIES)
+def test_remat_changes_neither_parameters_nor_gradients(policy):
     params = trained(TINY)
-    assert jax.tree.structure(params) == jax.tree.structure(abstract(replace(remat=True)))
+    assert jax.tree.structure(params) == jax.tree.structure(abstract(replace(remat=True, remat_policy=policy)))
 
     def gradient(remat):
-        model_fn = make_model_fn(UNet(replace(remat=remat)))
+        model_fn = make_model_fn(UNet(replace(remat=remat, remat_policy=policy)))
 
         def loss(params):
             return (model_fn(params, Z, LOGSNR, COND, dropout_key=jax.random.key(3)) ** 2).mean()
@@ -221,6 +223,18 @@ def test_remat_changes_neither_parameters_nor_gradients():
     # Each of the down, middle and up blocks, and the attention in the middle.
     recomputed = re.compile(r"= (?:remat|checkpoint)\w*\[").findall
     assert (len(recomputed(plain_program)), len(recomputed(remat_program))) == (0, 6)
+
+
+def test_products_are_made_again_where_nothing_is_kept():
+    """Products in the program of the gradient: of three passes, and of a fourth unless they are kept."""
+
+    def products(**changes):
+        model_fn = make_model_fn(UNet(replace(**changes)))
+        loss = lambda params: (model_fn(params, Z, LOGSNR, COND) ** 2).mean()  # noqa: E731
+        return costs.cost_of(jax.grad(loss), abstract(TINY)).flops
+
+    plain = products()
+    assert products(remat=True, remat_policy="products") == plain < products(remat=True)
 
 
 def test_one_head_is_the_default_and_heads_split_the_channels():

@@ -57,7 +57,7 @@ def write(folder, this, student):
 def _write_pixel_unet(folder, this, config, params):
     side, _, channels = this.experiment.data.sample_shape
     known = dataclasses.asdict(config)
-    for name in ("text", "dtype", "remat"):  # of training alone
+    for name in ("text", "dtype", "remat", "remat_policy"):  # of training alone
         del known[name]
     known |= {"_class_name": "PixelUNet", "sample_size": side, "in_channels": channels}
     return _write_part(folder, "unet", "pixel_unet", known, to_torch(params))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from guided_distill.models.attention import attend
 from guided_distill.models.embeddings import Embedding
+from guided_distill.models.remat import rematerialised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class DiTConfig:
     w_conditioned: bool = False
     dtype: str = "float32"  # of the computation; parameters stay float32
     remat: bool = False  # recompute each block in the backward pass
+    remat_policy: str = "nothing"  # what a block that is recomputed keeps, a key of remat.POLICIES
 
 
 def _dense(features, dtype, *, zero_init=False, name=None):
@@ -76,7 +78,7 @@ class DiT(nn.Module):
     @nn.compact
     def __call__(self, z, logsnr, label, w, *, train=False):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        block = nn.remat(Block) if config.remat else Block
+        block = rematerialised(Block, config)
         height, width = (side // config.patch for side in z.shape[1:3])
         embedding = Embedding(
             256, config.hidden, config.num_classes, config.w_conditioned, config.dtype, name="embedding"

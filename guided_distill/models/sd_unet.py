@@ -16,6 +16,7 @@ from guided_distill.models.attention import Attention
 from guided_distill.models.embeddings import sinusoid
 from guided_distill.models.latent_blocks import Downsample, ResnetBlock, Upsample, conv
 from guided_distill.models.norm import GroupNorm
+from guided_distill.models.remat import rematerialised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,7 @@ class SDUNetConfig:
     zero_terminal_snr: bool = False  # whether they end at pure noise (arXiv 2305.08891)
     dtype: str = "float32"  # of the computation; parameters stay float32
     remat: bool = False  # recompute each block in the backward pass
+    remat_policy: str = "nothing"  # what a block that is recomputed keeps, a key of remat.POLICIES
 
 
 SD_UNETS = {
@@ -139,8 +141,7 @@ class SDUNet(nn.Module):
     @nn.compact
     def __call__(self, z, logsnr, label, w, *, train=False, text=None, mask=None, masked=None):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        wrap = nn.remat if config.remat else lambda module: module
-        block, transformer = wrap(ResnetBlock), wrap(SpatialTransformer)
+        block, transformer = (rematerialised(module, config) for module in (ResnetBlock, SpatialTransformer))
         levels = [config.channels * m for m in config.multipliers]
         if config.num_classes:
             text = nn.Embed(config.num_classes + 1, config.context_dim, name="classes")(label)[:, None]

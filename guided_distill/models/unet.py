@@ -16,6 +16,7 @@ from guided_distill.models.clip import TextConfig, TextEncoder
 from guided_distill.models.conv import conv_general_dilated
 from guided_distill.models.embeddings import Embedding
 from guided_distill.models.norm import GroupNorm
+from guided_distill.models.remat import rematerialised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class UNetConfig:
     w_conditioned: bool = False
     dtype: str = "float32"  # of the computation; parameters stay float32
     remat: bool = False  # recompute each block in the backward pass
+    remat_policy: str = "nothing"  # what a block that is recomputed keeps, a key of remat.POLICIES
 
 
 def _conv(features, dtype, *, kernel=3, zero_init=False, name=None):
@@ -139,8 +141,8 @@ class UNet(nn.Module):
     @nn.compact
     def __call__(self, z, logsnr, label, w, *, train=False, tokens=None):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        remat = functools.partial(nn.remat, static_argnums=(3,)) if config.remat else lambda module: module
-        block, attention = remat(ResnetBlock), nn.remat(AttentionBlock) if config.remat else AttentionBlock
+        block = rematerialised(ResnetBlock, config, static_argnums=(3,))
+        attention = rematerialised(AttentionBlock, config)
         embedding = Embedding(
             config.channels,
             config.emb_channels,

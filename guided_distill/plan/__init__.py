@@ -153,9 +153,10 @@ def advice(experiment, plans, place, known):
     needs, has = worst.bytes / 2**30, place.topology.chip.memory / 2**30
     lines = [f"{worst.name} needs {needs:.1f} GiB of a chip that has {has:.0f}. What would do:"]
     if getattr(experiment.model, "remat", True) is False:
-        remat = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, remat=True))
-        most = _most(make_plan(remat, place, known))
-        lines.append(f"  --config.model.remat=True: {most:.1f} GiB, a third more computation")
+        for policy, costs in (("products", "hardly more computation"), ("nothing", "a third more computation")):
+            model = dataclasses.replace(experiment.model, remat=True, remat_policy=policy)
+            most = _most(make_plan(dataclasses.replace(experiment, model=model), place, known))
+            lines.append(f"  --config.model.remat=True --config.model.remat_policy={policy}: {most:.1f} GiB, {costs}")
     fsdp = _smallest_fsdp(experiment, place, known)
     shared_out = f"  --config.mesh.fsdp={fsdp}: weights, moments and teacher shared out"
     lines.append(shared_out if fsdp else "  no size of config.mesh.fsdp is enough")
