@@ -2,8 +2,8 @@
 
     python -m benchmarks.exported --export=DIR
 
-DIR is what --mode=export --formats=bundle,stablehlo,onnx left; forms that are not there are left out. Calls take turns,
-and the median of each is printed, after warm-up.
+DIR is what --mode=export --formats=bundle,stablehlo,onnx,diffusers left; forms that are not there are left out. Calls
+take turns, and the median of each is printed, after warm-up.
 """
 
 import argparse
@@ -45,13 +45,31 @@ def live(model, student):
     return sample
 
 
+def in_diffusers(directory, student):
+    """The student in its pipeline of diffusers, called in the same way, or None where it is not there."""
+    folder = directory / "diffusers" / student.name
+    if not folder.exists():
+        return None
+    import torch
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def sample(noise, label, w):
+        latents = torch.tensor(noise).movedim(-1, 1)
+        return pipeline(label.tolist(), guidance_scale=1.0 + float(w[0]), latents=latents, output_type="latent").images
+
+    return sample
+
+
 def interleaved(calls):
     """{name: median milliseconds} of calls that take turns."""
     taken = {name: [] for name in calls}
     for turn in range(WARM + TURNS):
         for name, call in calls.items():
             start = time.perf_counter()
-            jax.block_until_ready(call())
+            jax.block_until_ready(call())  # what is not of jax is ready
             if turn >= WARM:
                 taken[name].append(1000 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in taken.items()}
@@ -77,6 +95,8 @@ def main():
         }
         functions = {"live": live(model, student)}
         functions |= {form: module.load(f"{student.name}_sampler") for form, module in forms.items()}
+        if there := in_diffusers(args.export, student):
+            functions["diffusers"] = there
         medians = interleaved({form: functools.partial(f, **given) for form, f in functions.items()})
         row = [f"{form} {ms:.2f} ({ms / medians['live']:.2f})" for form, ms in medians.items()]
         print(f"{student.name}: {', '.join(row)}", flush=True)

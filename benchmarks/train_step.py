@@ -25,7 +25,7 @@ from guided_distill.chips import peak_flops
 from guided_distill.experiment import from_config
 from guided_distill.stages import make_knobs, make_stages
 from guided_distill.state import make_state
-from guided_distill.teachers import flops_of_a_call, initial_params
+from guided_distill.teachers import flops_of_a_call, initial_params, make_model
 
 _WARM, _TIMED = 2, 10  # steps of a stage of a config
 _ROUNDS, _STEPS = 7, 2  # turns of each side, and timed steps of a turn
@@ -79,9 +79,9 @@ def make_step_arguments(experiment, stage, params, teacher_params):
     return step_fn, (*arguments[:2], batch, *arguments[2:])
 
 
-def our_turn(experiment, params):
-    """A function of n that makes n denoising updates."""
-    step_fn, (state, *arguments) = make_step_arguments(experiment, make_stages(experiment)[0], params, None)
+def our_turn(experiment, stage, params, teacher_params):
+    """A function of n that makes n updates of a stage."""
+    step_fn, (state, *arguments) = make_step_arguments(experiment, stage, params, teacher_params)
 
     def turn(steps):
         nonlocal state
@@ -92,8 +92,41 @@ def our_turn(experiment, params):
     return turn
 
 
-def torch_turns(experiment, params):
-    """{number of threads: the same in PyTorch}, after checking that it is the same network.
+def torch_network(experiment, params, *, w_conditioned):
+    """The network in PyTorch with these weights, after checking that it is the same network."""
+    import torch
+
+    from benchmarks import unet_torch
+
+    side, _, channels = experiment.data.sample_shape
+    config = dataclasses.replace(
+        experiment.model,
+        num_classes=experiment.data.num_classes,
+        out_channels=channels,
+        w_conditioned=w_conditioned,
+    )
+    model = unet_torch.make_unet(config, side, channels)
+    unet_torch.load_flax(model, params)
+    model = model.to(memory_format=torch.channels_last)
+    batch, logsnr, w = random_batch(experiment, 8), np.linspace(-5.0, 5.0, 8, dtype=np.float32), np.ones(8, np.float32)
+    static = make_model(experiment, w_conditioned=w_conditioned)
+    ours = jax.jit(static.model_fn)(params, batch["x"], logsnr, {"label": batch["label"], "w": w})
+    x, label = torch_batch(batch)
+    with torch.no_grad():
+        theirs = model(x, torch.tensor(logsnr), label, torch.tensor(w)).movedim(1, -1).numpy()
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4)
+    return model
+
+
+def torch_batch(batch):
+    """A batch as PyTorch has it: channels first, in memory last."""
+    import torch
+
+    return torch.tensor(batch["x"]).movedim(-1, 1), torch.tensor(batch["label"]).long()
+
+
+def torch_turns(experiment, stage, params, teacher_params):
+    """{number of threads: a stage's update in PyTorch, the same work}.
 
     On a busy machine its threads wait for each other, and one is many times faster than all.
     """
@@ -101,30 +134,21 @@ def torch_turns(experiment, params):
 
     from benchmarks import unet_torch
 
-    training, (side, _, channels) = experiment.teacher, experiment.data.sample_shape
-    stage = make_stages(experiment)[0]
-    batch = random_batch(experiment, training.batch_size)
-    logsnr = np.linspace(-5.0, 5.0, training.batch_size, dtype=np.float32)
-    config = dataclasses.replace(
-        experiment.model, num_classes=experiment.data.num_classes, out_channels=channels, w_conditioned=False
-    )
-    model = unet_torch.make_unet(config, side, channels)
-    unet_torch.load_flax(model, params)
-    model = model.to(memory_format=torch.channels_last)
-    x, label = torch.tensor(batch["x"]).movedim(-1, 1), torch.tensor(batch["label"]).long()
-
-    ours = jax.jit(stage.model.model_fn)(params, batch["x"], logsnr, {"label": batch["label"]})
-    with torch.no_grad():
-        theirs = model(x, torch.tensor(logsnr), label).movedim(1, -1).numpy()
-    np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4)
-
-    step = unet_torch.TrainStep(
-        model,
-        learning_rate=training.learning_rate,
-        cond_dropout=training.cond_dropout,
-        num_classes=config.num_classes,
-        decay=training.ema,
-    )
+    training, num_classes = stage.training, experiment.data.num_classes
+    options = {"learning_rate": training.learning_rate, "decay": training.ema}
+    model = torch_network(experiment, params, w_conditioned=stage.model.w_conditioned)
+    if stage.teacher is None:
+        step = unet_torch.DenoisingStep(
+            model, cond_dropout=experiment.teacher.cond_dropout, num_classes=num_classes, **options
+        )
+    else:
+        options["w_max"] = stage.w_range[1]
+        teacher = torch_network(experiment, teacher_params, w_conditioned=stage.teacher.w_conditioned)
+        if stage.series:
+            step = unet_torch.HalvingStep(model, teacher, num_steps=stage.num_steps, **options)
+        else:
+            step = unet_torch.GuidedStep(model, teacher, num_classes=num_classes, **options)
+    x, label = torch_batch(random_batch(experiment, training.batch_size))
 
     def turn(threads, steps):
         torch.set_num_threads(threads)
@@ -135,32 +159,39 @@ def torch_turns(experiment, params):
 
 
 def print_times():
-    """Our denoising step beside PyTorch's with the number of threads that suits it best, in alternating turns."""
-    print(f"denoising step: forward, backward, clipping, Adam, EMA; medians of {_ROUNDS} alternating turns", flush=True)
+    """An update of each kind of stage beside PyTorch's with the threads that suit it best, in alternating turns."""
+    print(f"updates: loss, gradient, clipping, Adam, EMA; medians of {_ROUNDS} alternating turns", flush=True)
     for name, experiment in (("8x8", digits_8x8()), ("32x32", colour_32x32())):
-        params = random_params(experiment)
-        theirs = torch_turns(experiment, params)
-        turns = {"ours": our_turn(experiment, params), **theirs}
-        milliseconds = {who: [] for who in turns}
-        for _ in range(_ROUNDS):
-            for who, turn in turns.items():
-                turn(1)  # the other side's threads may still spin, and its data fill the cache
-                start = time.perf_counter()
-                turn(_STEPS)
-                milliseconds[who].append(1e3 * (time.perf_counter() - start) / _STEPS)
-        median = {who: statistics.median(times) for who, times in milliseconds.items()}
-        ratio = median["ours"] / min(median[threads] for threads in theirs)
-        peers = ", ".join(
-            f"PyTorch with {threads} thread(s) {median[threads]:.1f} ms (fastest turn {min(milliseconds[threads]):.1f})"
-            for threads in theirs
-        )
-        millions = sum(p.size for p in jax.tree.leaves(params)) / 1e6
-        print(
-            f"{name}, batch {experiment.teacher.batch_size}, {millions:.2f} M parameters: "
-            f"ours {median['ours']:.1f} ms (fastest turn {min(milliseconds['ours']):.1f}), {peers}; "
-            f"ratio to the faster {ratio:.2f} (at most {_MOST_TIME})",
-            flush=True,
-        )
+        teacher, student = random_params(experiment), random_params(experiment, w_conditioned=True)
+        of_stage = ((teacher, None), (student, teacher), (student, student))
+        for stage, weights in zip(make_stages(experiment)[:3], of_stage, strict=True):
+            print_ratio(f"{name}, {stage.name}", experiment, stage, *weights)
+
+
+def print_ratio(name, experiment, stage, params, teacher_params):
+    """Times of one stage's update, ours and PyTorch's."""
+    theirs = torch_turns(experiment, stage, params, teacher_params)
+    turns = {"ours": our_turn(experiment, stage, params, teacher_params), **theirs}
+    milliseconds = {who: [] for who in turns}
+    for _ in range(_ROUNDS):
+        for who, turn in turns.items():
+            turn(1)  # the other side's threads may still spin, and its data fill the cache
+            start = time.perf_counter()
+            turn(_STEPS)
+            milliseconds[who].append(1e3 * (time.perf_counter() - start) / _STEPS)
+    median = {who: statistics.median(times) for who, times in milliseconds.items()}
+    ratio = median["ours"] / min(median[threads] for threads in theirs)
+    peers = ", ".join(
+        f"PyTorch with {threads} thread(s) {median[threads]:.1f} ms (fastest turn {min(milliseconds[threads]):.1f})"
+        for threads in theirs
+    )
+    millions = sum(p.size for p in jax.tree.leaves(params)) / 1e6
+    print(
+        f"{name}, batch {stage.training.batch_size}, {millions:.2f} M parameters: "
+        f"ours {median['ours']:.1f} ms (fastest turn {min(milliseconds['ours']):.1f}), {peers}; "
+        f"ratio to the faster {ratio:.2f} (at most {_MOST_TIME})",
+        flush=True,
+    )
 
 
 def flops(function, *arguments):

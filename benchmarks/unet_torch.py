@@ -22,32 +22,111 @@ def load_flax(model, params):
 
 
 class TrainStep:
-    """The denoising step: label dropout, z_t of the cosine schedule, v loss, clipping, Adam, moving average."""
+    """An update as it is written without a framework: loss, clipping, Adam, moving average where `decay` is not 0."""
 
-    def __init__(self, model, *, learning_rate, cond_dropout, num_classes, decay):
-        self.model, self.cond_dropout, self.num_classes, self.decay = model, cond_dropout, num_classes, decay
+    def __init__(self, model, *, learning_rate, decay):
+        self.model, self.decay = model, decay
         self.params = list(model.parameters())
-        self.ema = [p.detach().clone() for p in self.params]
+        self.ema = [p.detach().clone() for p in self.params] if decay else None
         self.optimiser = torch.optim.Adam(self.params, lr=learning_rate, foreach=True)
         self.step = 0
 
-    def __call__(self, x, label):
-        """x [B, C, H, W] in [-1, 1], label [B] -> the loss."""
-        b = x.shape[0]
-        alpha, sigma = (f(0.5 * math.pi * torch.rand(b)).clamp(min=4.5e-5) for f in (torch.cos, torch.sin))
-        logsnr = 2 * (alpha / sigma).log()
-        alpha, sigma = alpha[:, None, None, None], sigma[:, None, None, None]
-        eps = torch.randn_like(x)
-        label = torch.where(torch.rand(b) < self.cond_dropout, self.num_classes, label)
-        v = self.model(alpha * x + sigma * eps, logsnr, label)
-        v_mse = (v - (alpha * eps - sigma * x)).square().mean((1, 2, 3))
-        loss = (torch.maximum(alpha, sigma).square().flatten() * v_mse).mean()
+    def loss(self, x, label):
+        """The loss of x [B, C, H, W] in [-1, 1] with labels [B]."""
+        raise NotImplementedError
 
+    def __call__(self, x, label):
+        loss = self.loss(x, label)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.params, 1.0, foreach=True)
         self.optimiser.step()
         self.step += 1
-        with torch.no_grad():
-            torch._foreach_lerp_(self.ema, self.params, 1 - min(self.decay, (1 + self.step) / (10 + self.step)))
+        if self.ema:
+            with torch.no_grad():
+                torch._foreach_lerp_(self.ema, self.params, 1 - min(self.decay, (1 + self.step) / (10 + self.step)))
         return loss.item()
+
+
+def levels(t):
+    """alpha, sigma [B, 1, 1, 1] and logsnr [B] of the cosine schedule at t [B]."""
+    alpha, sigma = (f(0.5 * math.pi * t).clamp(min=4.5e-5) for f in (torch.cos, torch.sin))
+    return alpha[:, None, None, None], sigma[:, None, None, None], 2 * (alpha / sigma).log()
+
+
+def weighted(v_mse, alpha, sigma):
+    """max(1, alpha^2 / sigma^2) of the error in x, as it is in v."""
+    return (torch.maximum(alpha, sigma).square().flatten() * v_mse).mean()
+
+
+def clipped_x(v, z, alpha, sigma):
+    """x_hat of v, in the data's range, as what teaches has it."""
+    return (alpha * z - sigma * v).clamp(-1.0, 1.0)
+
+
+class DenoisingStep(TrainStep):
+    """The teacher's: label dropout, z_t, v loss."""
+
+    def __init__(self, model, *, cond_dropout, num_classes, **options):
+        super().__init__(model, **options)
+        self.cond_dropout, self.num_classes = cond_dropout, num_classes
+
+    def loss(self, x, label):
+        b = x.shape[0]
+        alpha, sigma, logsnr = levels(torch.rand(b))
+        eps = torch.randn_like(x)
+        label = torch.where(torch.rand(b) < self.cond_dropout, self.num_classes, label)
+        v = self.model(alpha * x + sigma * eps, logsnr, label)
+        return weighted((v - (alpha * eps - sigma * x)).square().mean((1, 2, 3)), alpha, sigma)
+
+
+class GuidedStep(TrainStep):
+    """Stage one: the guided teacher's output for w of each example (arXiv 2210.03142, algorithm 1)."""
+
+    def __init__(self, model, teacher, *, num_classes, w_max, **options):
+        super().__init__(model, **options)
+        self.teacher, self.num_classes, self.w_max = teacher, num_classes, w_max
+
+    def loss(self, x, label):
+        b = x.shape[0]
+        alpha, sigma, logsnr = levels(torch.rand(b))
+        w = self.w_max * torch.rand(b)
+        z = alpha * x + sigma * torch.randn_like(x)
+        with torch.no_grad():
+            labels = torch.cat([label, torch.full_like(label, self.num_classes)])
+            both = self.teacher(z.repeat(2, 1, 1, 1), logsnr.repeat(2), labels)
+            with_label, without = both.chunk(2)
+            strength = w[:, None, None, None]
+            x_hat = clipped_x((1 + strength) * with_label - strength * without, z, alpha, sigma)
+            target = alpha * (z - alpha * x_hat) / sigma - sigma * x_hat
+        v = self.model(z, logsnr, label, w)
+        return weighted((v - target).square().mean((1, 2, 3)), alpha, sigma)
+
+
+class HalvingStep(TrainStep):
+    """Stage two: one step of 1/N learns two of 1/(2N) by the student before (arXiv 2210.03142, algorithm 2)."""
+
+    def __init__(self, model, teacher, *, num_steps, w_max, **options):
+        super().__init__(model, **options)
+        self.teacher, self.num_steps, self.w_max = teacher, num_steps, w_max
+
+    def loss(self, x, label):
+        b, n = x.shape[0], self.num_steps
+        i = torch.randint(1, n + 1, (b,))
+        (alpha, sigma, logsnr), middle, (alpha_s, sigma_s, _) = (levels((i - part) / n) for part in (0.0, 0.5, 1.0))
+        w = self.w_max * torch.rand(b)
+        z = alpha * x + sigma * torch.randn_like(x)
+        with torch.no_grad():
+            z_m, _ = self._ddim(z, label, w, (alpha, sigma, logsnr), middle)
+            z_s, last = self._ddim(z_m, label, w, middle, (alpha_s, sigma_s, None))
+            ratio = sigma_s / sigma
+            target = (z_s - ratio * z) / (alpha_s - ratio * alpha)
+            target = torch.where((i == 1)[:, None, None, None], last, target)
+        x_hat = alpha * z - sigma * self.model(z, logsnr, label, w)
+        x_mse = (x_hat - target).square().mean((1, 2, 3))
+        return ((alpha / sigma).square().clamp(min=1.0).flatten() * x_mse).mean()
+
+    def _ddim(self, z, label, w, here, there):
+        alpha, sigma, logsnr = here
+        x_hat = clipped_x(self.teacher(z, logsnr, label, w), z, alpha, sigma)
+        return there[0] * x_hat + there[1] * (z - alpha * x_hat) / sigma, x_hat
