@@ -17,7 +17,7 @@ from rich.progress import Progress
 from guided_distill import data, distributed, latents, masks, pairs
 from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
-from guided_distill.files import read_json, write_whole
+from guided_distill.files import read_json, write_json
 from guided_distill.latent_space import frozen_hash, open_space
 from guided_distill.tfds_files import open_set, open_split
 
@@ -52,7 +52,7 @@ def encode(config, source):
     if missing := _todo(folder, about):
         raise UserError(f"{folder}: {len(missing)} shards are missing; give the same command again, and it goes on")
     if distributed.is_main():
-        write_whole(folder / latents.ABOUT, json.dumps(dataclasses.asdict(about), indent=1) + "\n")
+        write_json(folder / latents.ABOUT, dataclasses.asdict(about))
         (folder / latents.UNFINISHED).unlink(missing_ok=True)
         counts = ", ".join(f"{count:,} {split}" for split, count in about.counts.items())
         print(f"{folder}: {counts} latents of {source}", file=sys.stderr)
@@ -151,7 +151,7 @@ def _begin(folder, about):
                 )
             return
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / latents.UNFINISHED, json.dumps(said, indent=1) + "\n")
+    write_json(folder / latents.UNFINISHED, said)
 
 
 def _todo(folder, about):

@@ -21,7 +21,7 @@ from guided_distill.evaluation.clip_scores import make_scorer
 from guided_distill.evaluation.measure import name_of
 from guided_distill.evaluation.samples import Samples, collect
 from guided_distill.evaluation.yardstick import features_of, kept_rows, make_yardsticks, measure_by, provenance_of
-from guided_distill.files import absolute, write_whole
+from guided_distill.files import absolute, write_json, write_whole
 from guided_distill.generate import sample_images
 from guided_distill.surface import make_entries, work
 from guided_distill.text import end_of_text
@@ -80,7 +80,7 @@ def evaluate(run, progress):
 def write_summary(run, summary):
     """Writes summary.json, whole or not at all; a report of another one is out of date."""
     (run.workdir / "report.html").unlink(missing_ok=True)
-    write_whole(run.workdir / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_json(run.workdir / "summary.json", summary)
 
 
 def forget(workdir):

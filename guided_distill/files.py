@@ -60,6 +60,11 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return epath.Path(path if in_bucket(path) else os.path.abspath(os.path.expanduser(path)))
 
 
+def write_json(path, value):
+    """Writes `value` as JSON, as `write_whole` writes."""
+    write_whole(path, json.dumps(value, indent=1) + "\n")
+
+
 def read_json(path: epath.PathLike):
     """What a JSON file holds. Raises UserError where it is not JSON."""
     try:

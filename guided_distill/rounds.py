@@ -6,7 +6,6 @@ asked for, so that two values differ by the weights alone.
 
 import dataclasses
 import itertools
-import json
 import math
 
 import jax
@@ -15,7 +14,7 @@ import numpy as np
 from guided_distill import distributed, sharding, train
 from guided_distill.data import make_batches, read_records
 from guided_distill.errors import UserError
-from guided_distill.files import read_json, write_whole
+from guided_distill.files import read_json, write_json
 from guided_distill.metrics import read_metrics
 from guided_distill.stages import make_knobs
 from guided_distill.state import as_teacher, make_state
@@ -151,7 +150,7 @@ def settle(run, stage, frozen, params):
         plan = _make_plan(run, stage, frozen, params)
         if run.is_main:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(plan, indent=1) + "\n")
+            write_json(path, plan)
     chosen = {key: plan[key] for key in ("updates", "learning_rate")}
     return dataclasses.replace(stage, training=dataclasses.replace(stage.training, **chosen))
 

@@ -5,7 +5,6 @@ Every later version of this package reads every earlier version of the format. N
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 import re
 from typing import Any
@@ -20,7 +19,7 @@ import guided_distill
 from guided_distill import diffusion, guidance, samplers, sharding
 from guided_distill.errors import UserError
 from guided_distill.export.student import Student
-from guided_distill.files import read_json, write_whole
+from guided_distill.files import read_json, write_json, write_whole
 from guided_distill.models import BACKBONES, make_model_fn
 
 VERSION = 1
@@ -99,7 +98,7 @@ def write(directory, students, num_intervals, batch_size, about):
         "students": described,
         **about,
     }
-    write_whole(directory / "bundle.json", json.dumps(content, indent=1) + "\n")
+    write_json(directory / "bundle.json", content)
 
 
 def _write_student(directory, student):

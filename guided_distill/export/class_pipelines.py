@@ -1,7 +1,6 @@
 """Students of classes, of pixels or latents, as diffusers folders that bring their own pipeline along."""
 
 import dataclasses
-import json
 import pathlib
 import shutil
 
@@ -10,7 +9,7 @@ import numpy as np
 import safetensors.numpy
 
 from guided_distill.errors import UserError
-from guided_distill.files import write_whole
+from guided_distill.files import write_json, write_whole
 from guided_distill.interop import diffusers_configs, diffusers_folder, diffusers_names
 from guided_distill.interop.latent_folder import read_latent
 from guided_distill.interop.pixel_unet_names import to_torch
@@ -51,7 +50,7 @@ def write(folder, this, student):
     scalars["noise_std"] = float(student.model.schedule.prior_std)
     index = {"_class_name": ["pipeline", "FewStepClassPipeline"], "_diffusers_version": diffusers_folder.VERSION}
     shutil.copy(_CODE / "pipeline.py", folder / "pipeline.py")
-    _write_json(folder / "model_index.json", index | parts | scalars)
+    write_json(folder / "model_index.json", index | parts | scalars)
 
 
 def _write_pixel_unet(folder, this, config, params):
@@ -102,7 +101,7 @@ def _write_scheduler(folder, this, student, config):
     }
     (folder / "scheduler").mkdir(parents=True)
     shutil.copy(_CODE / "grid_scheduler.py", folder / "scheduler")
-    _write_json(folder / "scheduler" / "scheduler_config.json", known)
+    write_json(folder / "scheduler" / "scheduler_config.json", known)
     return ["grid_scheduler", "GridScheduler"]
 
 
@@ -112,10 +111,6 @@ def _write_part(folder, name, code, config, state):
     place.mkdir(parents=True)
     if code is not None:
         shutil.copy(_CODE / f"{code}.py", place)
-    _write_json(place / "config.json", {"_diffusers_version": diffusers_folder.VERSION, **config})
+    write_json(place / "config.json", {"_diffusers_version": diffusers_folder.VERSION, **config})
     write_whole(place / _WEIGHTS, safetensors.numpy.save(state, {"format": "pt"}))
     return [code or "diffusers", config["_class_name"]]
-
-
-def _write_json(path, value):
-    write_whole(path, json.dumps(value, indent=2) + "\n")

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import io
-import json
 import logging
 import pathlib
 import warnings
@@ -15,7 +14,7 @@ import numpy as np
 from guided_distill import diffusion, samplers
 from guided_distill.errors import UserError
 from guided_distill.export import stablehlo
-from guided_distill.files import write_whole
+from guided_distill.files import write_json, write_whole
 
 VERSION = 1
 OPSET = 23
@@ -58,7 +57,7 @@ def write(directory, students, grid):
             about = stablehlo.describe(student, kind, inputs, outputs, grid)
             functions[name] = about | {"file": f"{name}.onnx"}
     content = {"version": VERSION, "opset": OPSET, "functions": functions}
-    write_whole(folder / "onnx.json", json.dumps(content, indent=1) + "\n")
+    write_json(folder / "onnx.json", content)
     write_whole(folder.parent / EXAMPLE, (pathlib.Path(__file__).parent / EXAMPLE).read_text())
 
 

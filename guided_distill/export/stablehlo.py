@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 
 from guided_distill import samplers
 from guided_distill.errors import UserError
-from guided_distill.files import write_whole
+from guided_distill.files import write_json, write_whole
 
 VERSION = 1
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -46,7 +45,7 @@ def write(directory, students, grid):
             about = describe(student, kind, inputs, outputs, host_grid)
             functions[name] = about | {"file": f"{name}.stablehlo"}
     content = {"version": VERSION, "jax": jax.__version__, "platforms": PLATFORMS, "functions": functions}
-    write_whole(folder / "stablehlo.json", json.dumps(content, indent=1) + "\n")
+    write_json(folder / "stablehlo.json", content)
     write_whole(folder.parent / EXAMPLE, (pathlib.Path(__file__).parent / EXAMPLE).read_text())
 
 

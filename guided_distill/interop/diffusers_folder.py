@@ -1,13 +1,12 @@
 """Folders of diffusers -> our latent models, and back: configs, weights in safetensors, tokenizer and scheduler."""
 
-import json
 import pathlib
 import shutil
 
 import safetensors.numpy
 
 from guided_distill.errors import UserError
-from guided_distill.files import read_json, write_whole
+from guided_distill.files import read_json, write_json, write_whole
 from guided_distill.interop import diffusers_configs as configs
 from guided_distill.interop import diffusers_names as names
 from guided_distill.interop.tensors import export_tree, import_tree
@@ -71,15 +70,15 @@ def write_diffusers(folder, model, params, tokenizer=None):
     }
     for part, (place, stem, names_of) in PARTS.items():
         (folder / place).mkdir(parents=True, exist_ok=True)
-        _write_json(folder / place / "config.json", written[part])
+        write_json(folder / place / "config.json", written[part])
         state = export_tree(names_of(getattr(model, part)), params[part])
         write_whole(folder / place / f"{stem}.safetensors", safetensors.numpy.save(state, {"format": "pt"}))
     (folder / "scheduler").mkdir(exist_ok=True)
     scheduler = configs.write_scheduler(model.unet, model.parameterisation)
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     if tokenizer is not None:
         shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
-    _write_json(folder / "model_index.json", _index(model))
+    write_json(folder / "model_index.json", _index(model))
 
 
 def _index(model):
@@ -130,7 +129,3 @@ def _read_weights(folder, stem):
             raise UserError(f"{folder / name} is missing; only safetensors are read (diffusers writes them by default)")
         state |= read_safetensors(folder / name)
     return state
-
-
-def _write_json(path, value):
-    write_whole(path, json.dumps(value, indent=2) + "\n")

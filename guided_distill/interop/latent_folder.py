@@ -1,7 +1,6 @@
 """A latent model in our own names: config.json and one safetensors file per part, converted once and read often."""
 
 import dataclasses
-import json
 import pathlib
 import shutil
 
@@ -11,7 +10,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from guided_distill.errors import UserError
-from guided_distill.files import read_json, write_whole
+from guided_distill.files import read_json, write_json, write_whole
 from guided_distill.interop.weight_files import read_safetensors
 from guided_distill.models.autoencoder import AutoencoderConfig
 from guided_distill.models.clip import TextConfig
@@ -31,7 +30,7 @@ def write_latent(folder, model, params, tokenizer=None):
         write_whole(folder / f"{part}.safetensors", safetensors.numpy.save(flat))
     if tokenizer is not None:
         shutil.copytree(tokenizer, folder / "tokenizer", dirs_exist_ok=True)
-    write_whole(folder / "config.json", json.dumps(dataclasses.asdict(model), indent=2) + "\n")
+    write_json(folder / "config.json", dataclasses.asdict(model))
 
 
 def read_latent(folder, parts=None):
