@@ -1,6 +1,10 @@
 """Latents: encoded once and read often; the chain from an imported model to pictures of captions."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -15,6 +19,8 @@ from guided_distill.experiment import from_config
 from guided_distill.latent_space import open_space
 from guided_distill.models.autoencoder import Autoencoder
 from guided_distill.models.clip import TextEncoder
+
+REPO = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +157,33 @@ def test_an_interrupted_encoding_goes_on_and_ends_the_same(tmp_path):
     assert kept.stat().st_mtime_ns == before
     for name, rows in data.read_range(dataset(tmp_path).train, 0, 12).items():
         np.testing.assert_array_equal(rows, expected[name])
+
+
+@pytest.mark.slow
+def test_several_processes_share_the_encoding(place, tmp_path, free_port):
+    """Each writes every other shard, and together they write what one does."""
+    whole = latent_config(place, **{"data.holdout": 3, "data.flip": True})
+    (tmp_path / "config.py").write_text(
+        "import json\n\nimport ml_collections\n\n\n"
+        "def get_config():\n"
+        f"    return ml_collections.ConfigDict(json.loads({json.dumps(json.dumps(whole))}), convert_dict=True)\n"
+    )
+    environment = {
+        **os.environ,
+        "PROGRAM": f"{sys.executable} -m guided_distill.main",
+        "PORT": str(free_port()),
+        "PYTHONPATH": str(REPO),
+    }
+    line = [REPO / "launch" / "local.sh", "2", f"--config={tmp_path / 'config.py'}", "--mode=encode"]
+    line += [f"--source=folder:{place / 'pairs'}", f"--config.data.name=latents:{tmp_path / 'latents'}"]
+    done = subprocess.run(line, cwd=REPO, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("8 train, 4 test latents") == 1
+    ours, theirs = (dataset(place, **{"data.name": f"latents:{folder / 'latents'}"}) for folder in (place, tmp_path))
+    for split in ("train", "test"):
+        expected, found = (data.read_range(records, 0, 4) for records in (getattr(ours, split), getattr(theirs, split)))
+        for key, values in expected.items():
+            np.testing.assert_allclose(found[key], values, atol=2e-3, err_msg=key)
 
 
 @pytest.mark.parametrize(
