@@ -95,6 +95,8 @@ def test_a_disk_that_is_full_when_a_file_is_written_leaves_the_one_before(tmp_pa
     assert path.read_text() == "before"
 
 
+# What Orbax's own threads still wanted to write when it went, they say to nobody.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("after", [1, 3])
 def test_a_workdir_that_vanishes_is_missed_and_not_made_anew(tmp_path, after):
     step_fn, rest = pieces()

@@ -72,7 +72,7 @@ def test_every_core_requirement_is_imported(metadata):
 
 
 def test_every_import_is_declared(metadata):
-    named = ("examples", "tfds", "eval", "text", "demo", "onnx")
+    named = ("examples", "tfds", "eval", "text", "demo", "onnx", "diffusers")
     extras = [requirement for name in named for requirement in metadata["extras_require"][name]]
     declared = {import_name(requirement) for requirement in metadata["install_requires"] + extras}
     house = {"guided_distill", "configs"}
