@@ -14,10 +14,10 @@ SLOW_TESTS := $(shell grep -ls 'mark\.slow' tests/test_*.py)
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make venv         .venv with everything below but PyTorch (made first by all the others)'
+	@echo 'make venv         .venv with what make test needs (made first by all the others)'
 	@echo 'make demo         the whole chain on 8x8 digits: teacher, student, 32 steps down to 1, pictures; minutes on a CPU'
 	@echo 'make test         the tests, under ten minutes on two cores'
-	@echo 'make test-slow    the slow tests alone'
+	@echo 'make test-slow    the slow tests alone; installs jax2onnx and Gradio first'
 	@echo 'make test-all     both'
 	@echo 'make test-parity  the tests that compare with PyTorch; installs it first'
 	@echo 'make lint         ruff'

@@ -77,7 +77,7 @@ EXTRAS = {
         "transformers==5.24.0",
         *TEXT,
     ],
-    # In which exported students of latents are tried.
+    # In which exported students are tried.
     "diffusers": ["diffusers>=0.42", "torch>=2.13", "transformers>=5.24"],
     # Compiles for TPUs that are not there. Its version is the one that jax[tpu] asks for.
     "plan": ["libtpu>=0.0.42"],

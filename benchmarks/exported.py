@@ -2,8 +2,8 @@
 
     python -m benchmarks.exported --export=DIR
 
-DIR is what --mode=export --formats=bundle,stablehlo,onnx,diffusers left; forms that are not there are left out. Calls
-take turns, and the median of each is printed, after warm-up.
+DIR is what --mode=export --formats=bundle,stablehlo,onnx,diffusers left; all but the bundle may be missing.
+Calls take turns, and the median of each is printed, after warm-up.
 """
 
 import argparse

@@ -59,7 +59,7 @@ _USAGE = {"bundle": _BUNDLE, "stablehlo": _STABLEHLO, "onnx": _ONNX, "diffusers"
 
 def make_card(experiment, students, formats, verified, licence):
     """The text. `verified` is {format: {name: deviation}}."""
-    parts = [_head(experiment, students, licence), "![Samples, one row a student](samples.png)\n"]
+    parts = [_head(experiment, formats, licence), "![Samples, one row a student](samples.png)\n"]
     first = students[0]
     num = min(3, first.model.num_classes)
     low, high = first.w_range
@@ -85,10 +85,11 @@ def title(name):
     return name.rpartition("/")[2]
 
 
-def _head(experiment, students, licence):
+def _head(experiment, formats, licence):
     shape = "×".join(map(str, experiment.data.sample_shape))
-    latent = " Samples\nare latents, which the autoencoder they were encoded with turns into pictures; it is not here."
-    latent = latent if experiment.latent_model else ""
+    latent = " Samples\nare latents, which the autoencoder they were encoded with turns into pictures"
+    there = "; diffusers folders hold it." if "diffusers" in formats else "; it is not here."
+    latent = latent + there if experiment.latent_model else ""
     return (
         f"# Few-step diffusion students of {title(experiment.data.name)}\n\n"
         f"Distilled with guidance (arXiv 2210.03142): a few network calls, for every guidance strength w of the\n"
@@ -128,8 +129,8 @@ def _verification(students, verified):
     lines = [
         "## Deviation from what was trained\n",
         "Each artefact was loaded in a fresh process and compared with the live student on the CPU: several w, batches",
-        f"of {' and '.join(map(str, verify.BATCHES))}, the same noise; the largest difference, relative to the largest "
-        "value where that is above 1.\n",
+        f"of {' and '.join(map(str, verify.BATCHES))} (of 1 in diffusers), the same noise; the largest difference, "
+        "relative to the largest value where that is above 1.\n",
         "| format | name | deviation | at most |",
         "|---|---|---|---|",
     ]

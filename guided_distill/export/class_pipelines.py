@@ -18,21 +18,24 @@ from guided_distill.models.sd_unet import timestep
 from guided_distill.teachers import make_module
 
 _CODE = pathlib.Path(__file__).parent / "class_folder"
-_NETWORKS = ("unet", "sd_unet")
-_OUTPUTS = ("v", "eps", "x")
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def check(this, students):
-    """Raises UserError for networks and outputs that the pipeline does not know."""
-    experiment = this.experiment
-    if experiment.backbone not in _NETWORKS or any(student.network is None for student in students):
-        raise UserError(f"--formats=diffusers: there are the networks {' and '.join(_NETWORKS)} in PyTorch, not this "
-                        "one; export --formats=bundle, stablehlo or onnx")  # fmt: skip
-    for student in students:
-        if student.model.parameterisation not in _OUTPUTS:
-            raise UserError(f"--formats=diffusers: {student.name} predicts {student.model.parameterisation}; the "
-                            f"pipeline knows {', '.join(_OUTPUTS)}; leave it to --formats=bundle")  # fmt: skip
+    """Raises UserError for what the pipeline does not know: other networks, conditions and samples."""
+    experiment, model = this.experiment, students[0].model
+    network = "unet" if this.space is None else "sd_unet"
+    if experiment.backbone != network:
+        raise UserError(f"--formats=diffusers: in PyTorch there are config.model.name 'unet' of pixels and 'sd_unet' "
+                        f"of latents, and this is {experiment.backbone!r}; export --formats=bundle")  # fmt: skip
+    if model.cond_fields:
+        names = ", ".join(name for name, *_ in model.cond_fields)
+        raise UserError(f"--formats=diffusers: the pipeline of classes knows labels and w, not {names}; "
+                        "--mode=sample draws from the run")  # fmt: skip
+    shape = model.sample_shape
+    if len(shape) != 3 or shape[0] != shape[1] or (this.space is None and model.data_range != 1.0):
+        raise UserError(f"--formats=diffusers: samples are {'x'.join(map(str, shape))} in a range of "
+                        f"{model.data_range}; its pictures are square, in a range of 1; export a bundle")  # fmt: skip
 
 
 def write(folder, this, student):

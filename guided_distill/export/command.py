@@ -32,6 +32,9 @@ def export(config, workdir, *, formats, stages, with_teacher, licence, out):
     formats and stages, stages that are not finished, an `out` that holds files, and artefacts that deviate.
     """
     place = _check_out(out)
+    for flag, names in (("formats", formats), ("stages", stages or ())):
+        if len(set(names)) < len(names):
+            raise UserError(f"--{flag}={','.join(names)}: each is named once")
     for form in formats:
         if form not in FORMATS:
             raise UserError(f"--formats={','.join(formats)}: there are {', '.join(FORMATS)}, not {form!r}")
@@ -41,6 +44,8 @@ def export(config, workdir, *, formats, stages, with_teacher, licence, out):
     if this.stages[0].model.cond_fields and tuple(formats) != ("diffusers",):
         raise UserError("students of captions leave as --formats=diffusers alone, where they are of latents; "
                         "--mode=sample draws from their run")  # fmt: skip
+    if with_teacher and tuple(formats) == ("diffusers",):
+        raise UserError("--with_teacher: its pipeline would be another; add bundle to --formats, or leave it out")
     students = _students(this, stages, with_teacher)
     if "diffusers" in formats:
         pipelines.check(this, _few_step(students))

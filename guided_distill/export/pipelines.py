@@ -14,6 +14,7 @@ from guided_distill.teachers import make_module
 
 FOLDER = "diffusers"
 _NEEDS = ("diffusers", "torch", "transformers")
+_OUTPUTS = ("v", "eps", "x")
 
 
 def check(this, students):
@@ -30,6 +31,16 @@ def check(this, students):
                 f"--formats=diffusers: {student.name} has no sampler there; name deterministic students of stage two "
                 "by --stages"
             )
+        if student.network is None or student.model.calls_per_step != 1:
+            raise UserError(
+                f"--formats=diffusers: {student.name} is not one call of a network of ours a step; leave it to "
+                "--formats=bundle or stablehlo"
+            )
+        if student.model.parameterisation not in _OUTPUTS:
+            raise UserError(
+                f"--formats=diffusers: {student.name} predicts {student.model.parameterisation}; pipelines know "
+                f"{', '.join(_OUTPUTS)}; leave it to --formats=bundle"
+            )
     if not _of_text(this):
         class_pipelines.check(this, students)
     elif not isinstance(this.experiment.schedule, diffusion.DiscreteBetas):
@@ -37,7 +48,7 @@ def check(this, students):
 
 
 def _of_text(this):
-    return this.space is not None and this.space.model.text_encoder is not None
+    return this.space is not None and this.experiment.data.text_length > 0
 
 
 def write(directory, this, students, say):

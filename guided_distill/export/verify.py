@@ -109,6 +109,9 @@ for name in names:
         ).images
         assert calls == [1] * steps, f"{calls} calls of the network for {steps} steps"
         made[f"{name}/{i}"] = np.moveaxis(latents.numpy(), 1, -1)
+    if of_classes:
+        drawn = pipeline([0, 0], output_type="np").images
+        assert drawn.shape[0] == 2 and np.isfinite(drawn).all() and np.ptp(drawn, axis=0).max() > 0.0, drawn.shape
 np.savez(out, **made)
 """
 
@@ -181,8 +184,8 @@ def _functions(program, directory, students, grid):
 def pipelines(directory, students, grid):
     """{name: deviation} of what pipelines end with, latents or pixels, from that of the live samplers.
 
-    The same noise, text embedded at random or classes, several w, one picture at a time. Raises UserError where a
-    pipeline calls its network more than once a step.
+    The same noise, text embedded at random or classes, several w, one picture at a time. Pipelines of classes also
+    draw two pictures by themselves. Raises UserError where a pipeline calls its network more than once a step.
     """
     mesh = sharding.make_mesh(_cpus()[:1])
     grid, inputs, expected = sharding.place(mesh, jax.device_get(grid)), {}, {}

@@ -75,7 +75,7 @@ def read_unet(theirs, scheduler, what):
 def write_unet(config, side):
     """SDUNetConfig -> UNet2DConditionModel's config. Raises UserError for a network that takes a label."""
     if config.num_classes:
-        raise UserError("a U-Net that takes a label has no place in a diffusers folder; export it as a bundle")
+        raise UserError("a U-Net that takes a label has no place in a stock pipeline")
     return {
         "_class_name": "UNet2DConditionModel",
         "sample_size": side,

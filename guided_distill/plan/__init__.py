@@ -152,8 +152,8 @@ def advice(experiment, plans, place, known):
     worst = max(misfits, key=lambda plan: plan.bytes)
     needs, has = worst.bytes / 2**30, place.topology.chip.memory / 2**30
     lines = [f"{worst.name} needs {needs:.1f} GiB of a chip that has {has:.0f}. What would do:"]
-    if getattr(experiment.model, "remat", True) is False:
-        for policy, costs in (("products", "hardly more computation"), ("nothing", "a third more computation")):
+    for policy, costs in (("products", "hardly more computation"), ("nothing", "a third more computation")):
+        if _keeps_less(policy, experiment.model):
             model = dataclasses.replace(experiment.model, remat=True, remat_policy=policy)
             most = _most(make_plan(dataclasses.replace(experiment, model=model), place, known))
             lines.append(f"  --config.model.remat=True --config.model.remat_policy={policy}: {most:.1f} GiB, {costs}")
@@ -167,6 +167,13 @@ def advice(experiment, plans, place, known):
         else "  no batch is small enough: the weights alone are too large"
     )
     return lines
+
+
+def _keeps_less(policy, model):
+    """Whether a policy of rematerialisation keeps less than a network does now."""
+    kept = ("everything", "products", "nothing")
+    now = model.remat_policy if getattr(model, "remat", True) else "everything"
+    return hasattr(model, "remat") and kept.index(policy) > kept.index(now)
 
 
 def _parts(plan, batch, place):

@@ -24,7 +24,8 @@ from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
 from guided_distill.export import pipelines
 from guided_distill.interop.latent_folder import write_latent
-from guided_distill.models.autoencoder import Autoencoder, AutoencoderConfig
+from guided_distill.latent_space import open_space
+from guided_distill.models.autoencoder import AutoencoderConfig
 from guided_distill.models.latent_models import LatentModel
 
 INTERVALS = 16  # a student of 16 steps too: here no grid is rounded
@@ -56,15 +57,14 @@ def pixels(**updates):
     return from_config(config), None
 
 
-def latents(folder):
-    """An experiment on latents of classes, and the model they are from, with a quantised autoencoder."""
-    params = random_params(MODEL)
-    write_latent(folder / "model", MODEL, params)
-    config = latent_config(folder, MODEL)
+def latents(folder, model=MODEL):
+    """An experiment on latents of classes, and the model they are from."""
+    write_latent(folder / "model", model, random_params(model))
+    config = latent_config(folder, model)
     config["data"].update(shape=(4, 4, 3), channels=3, num_classes=5, text_length=0)
     config["model"].update(betas=MODEL.unet.betas, out_channels=3)
     config["schedule"].update(beta_start=0.0015, beta_end=0.0195)
-    return from_config(config), SimpleNamespace(folder=folder / "model", model=MODEL)
+    return from_config(config), SimpleNamespace(folder=folder / "model", model=model)
 
 
 def written(tmp_path, experiment, space, num_steps, parameterisation="v"):
@@ -125,14 +125,20 @@ def test_pixels_in_patches(tmp_path):
 
 
 @pytest.mark.parametrize(("num_steps", "guidance_scale"), [(1, 1.0), (4, 9.0)])
-def test_latents_end_where_our_sampler_ends_and_are_decoded(tmp_path, num_steps, guidance_scale):
-    experiment, space = latents(tmp_path)
-    pipeline, z = check_parity(tmp_path, experiment, space, num_steps, guidance_scale)
-    params = random_params(MODEL)["autoencoder"]
-    image = Autoencoder(MODEL.autoencoder).apply({"params": params}, np.moveaxis(z.numpy(), 1, -1), method="decode")
-    with torch.no_grad():
-        theirs = pipeline.vae.decode(z).sample.numpy()
-    np.testing.assert_allclose(theirs, np.moveaxis(np.asarray(image), -1, 1), atol=1e-4 * np.abs(theirs).max())
+def test_latents_end_where_our_sampler_ends(tmp_path, num_steps, guidance_scale):
+    check_parity(tmp_path, *latents(tmp_path), num_steps, guidance_scale)
+
+
+@pytest.mark.parametrize("coded", [True, False], ids=["VQ", "KL"])
+def test_latents_are_decoded_as_here(tmp_path, coded):
+    first = MODEL.autoencoder if coded else dataclasses.replace(MODEL.autoencoder, num_codes=0, scale=0.5)
+    model = dataclasses.replace(MODEL, autoencoder=first)
+    experiment, space = latents(tmp_path, model)
+    *_, folder = written(tmp_path, experiment, space, 2)
+    pipeline, noise = loaded(folder), torch.randn((2, 3, 4, 4), generator=torch.Generator().manual_seed(0))
+    z, theirs = (pipeline([1, 4], latents=noise, output_type=kind).images for kind in ("latent", "np"))
+    ours = open_space(space.folder).decode(np.moveaxis(z.numpy(), 1, -1))
+    np.testing.assert_allclose(theirs, ours * 0.5 + 0.5, atol=1e-4)
 
 
 def test_pictures_come_out_and_what_was_not_trained_is_refused(tmp_path):
@@ -140,11 +146,15 @@ def test_pictures_come_out_and_what_was_not_trained_is_refused(tmp_path):
     pipeline = loaded(folder)
     first, second = pipeline([3, 4], generator=torch.Generator().manual_seed(0)).images
     assert first.size == (8, 8) and first.mode == "L" and first.tobytes() != second.tobytes()
+    assert len(pipeline(np.array([1, 2], np.int32), guidance_scale=float(np.float32(1.1))).images) == 2
     for wrong, says in (
         ({"guidance_scale": 16.0}, "guidance_scale=16.0: this student was trained for 1 to 15"),
         ({"num_inference_steps": 4}, "num_inference_steps=4: this student takes 2 steps"),
         ({"class_labels": [10]}, "classes are 0 to 9"),
         ({"class_labels": [0.5]}, "classes are 0 to 9"),
+        ({"class_labels": [True]}, "classes are 0 to 9"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"guidance_scale": [2.0]}, "trained for 1 to 15"),
     ):
         with pytest.raises(ValueError, match=says.replace("[", "\\[")):
             pipeline(**{"class_labels": [0], **wrong})
@@ -153,13 +163,26 @@ def test_pictures_come_out_and_what_was_not_trained_is_refused(tmp_path):
 def test_what_the_pipeline_does_not_know_is_named(tmp_path):
     dit = {"name": "dit", "hidden": 8, "depth": 1, "heads": 2, "patch": 2, "dtype": "float32"}
     experiment = from_config(tiny_config() | {"model": dit})
-    with pytest.raises(UserError, match="--formats=diffusers: there are the networks unet and sd_unet"):
+    with pytest.raises(UserError, match="'unet' of pixels and 'sd_unet' of latents, and this is 'dit'"):
         written(tmp_path, experiment, None, 2)
-    with pytest.raises(UserError, match="det_0002 predicts both; the pipeline knows v, eps, x"):
+    with pytest.raises(UserError, match="det_0002 predicts both; pipelines know v, eps, x"):
         written(tmp_path, *pixels(), 2, "both")
-    student, *_ = make_student(pixels()[0], "sto")
-    with pytest.raises(UserError, match="sto_0002 has no sampler there"):
-        pipelines.check(SimpleNamespace(experiment=pixels()[0], space=None), [student])
+    experiment, _ = pixels()
+    this, (student, _) = SimpleNamespace(experiment=experiment, space=None), student_of(experiment)
+    for changes, says in (
+        ({"sampler": "stochastic"}, "det_0002 has no sampler there"),
+        ({"network": None}, "det_0002 is not one call of a network of ours a step"),
+        ({"model": {"w_conditioned": False}}, "det_0002 is not one call of a network of ours a step"),
+        ({"model": {"cond_fields": (("tokens", (4,), "int32"),)}}, "knows labels and w, not tokens"),
+        ({"model": {"sample_shape": (8, 4, 1)}}, "samples are 8x4x1 in a range of 1"),
+        ({"model": {"data_range": None}}, "in a range of None"),
+    ):
+        if "model" in changes:
+            changes = {"model": dataclasses.replace(student.model, **changes["model"])}
+        with pytest.raises(UserError, match=f"--formats=diffusers: .*{says}"):
+            pipelines.check(this, [dataclasses.replace(student, **changes)])
+    with pytest.raises(UserError, match="and this is 'unet'"):
+        pipelines.check(SimpleNamespace(experiment=experiment, space=latents(tmp_path)[1]), [student])
 
 
 def test_a_network_on_half_as_many_bits_still_samples(tmp_path):

@@ -6,6 +6,8 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 
+_ROUNDING = 1e-5  # of a guidance_scale that was a float32 on its way
+
 
 class FewStepClassPipeline(DiffusionPipeline):
     """One call of the network a step, at any guidance_scale = 1 + w of the trained range.
@@ -14,6 +16,7 @@ class FewStepClassPipeline(DiffusionPipeline):
     """
 
     _optional_components = ["vae", "classes"]
+    model_cpu_offload_seq = "classes->unet->vae"
 
     def __init__(self, unet, scheduler, vae=None, classes=None, num_classes=10, w_min=0.0, w_max=4.0, noise_std=1.0):
         super().__init__()
@@ -24,7 +27,7 @@ class FewStepClassPipeline(DiffusionPipeline):
     def __call__(
         self,
         class_labels,
-        guidance_scale=2.0,
+        guidance_scale=None,
         num_inference_steps=None,
         generator=None,
         latents=None,
@@ -32,13 +35,18 @@ class FewStepClassPipeline(DiffusionPipeline):
     ):
         """`images` of `class_labels`, a list: PIL, "np" [B, H, W, C] in [0, 1] or "latent" [B, C, H, W] as sampled.
 
-        `latents` is the noise to start from. Raises ValueError for what the student was not trained for.
+        `guidance_scale` is 2, or what is nearest to it in the trained range, by default. `latents` is the noise to
+        start from. Raises ValueError for what the student was not trained for.
         """
+        if guidance_scale is None:
+            guidance_scale = 1.0 + min(max(1.0, self.config.w_min), self.config.w_max)
+        if num_inference_steps is None:
+            num_inference_steps = len(self.scheduler.config.times)
         labels = torch.as_tensor(class_labels).reshape(-1)
         self._check(labels, guidance_scale)
-        self.scheduler.set_timesteps(num_inference_steps or len(self.scheduler.config.times))
+        self.scheduler.set_timesteps(num_inference_steps)
         device, dtype = self._execution_device, self.unet.dtype
-        labels = labels.to(device)
+        labels = labels.to(device, torch.long)
         side, channels = self.unet.config.sample_size, self.unet.config.in_channels
         if latents is None:
             shape = (len(labels), channels, side, side)
@@ -63,9 +71,11 @@ class FewStepClassPipeline(DiffusionPipeline):
 
     def _check(self, labels, guidance_scale):
         low, high = 1.0 + self.config.w_min, 1.0 + self.config.w_max
-        if not low <= guidance_scale <= high:
+        is_number = isinstance(guidance_scale, int | float)
+        if not is_number or not low - _ROUNDING <= guidance_scale <= high + _ROUNDING:
             raise ValueError(f"guidance_scale={guidance_scale}: this student was trained for {low:g} to {high:g}")
-        if labels.is_floating_point() or ((labels < 0) | (labels >= self.config.num_classes)).any():
+        are_whole = not labels.is_floating_point() and labels.dtype != torch.bool
+        if not are_whole or ((labels < 0) | (labels >= self.config.num_classes)).any():
             raise ValueError(f"class_labels={labels.tolist()}: classes are 0 to {self.config.num_classes - 1}")
 
 
