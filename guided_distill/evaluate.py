@@ -1,6 +1,7 @@
 """The surface of quality over (model, steps, w): rows of summary.json, a table, a picture."""
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -18,12 +19,14 @@ from guided_distill.data import read_tokens
 from guided_distill.errors import UserError
 from guided_distill.evaluation import captions, pixels
 from guided_distill.evaluation.clip_scores import make_scorer
+from guided_distill.evaluation.features import OPERATIONS
 from guided_distill.evaluation.measure import name_of
 from guided_distill.evaluation.samples import Samples, collect
 from guided_distill.evaluation.yardstick import features_of, kept_rows, make_yardsticks, measure_by, provenance_of
 from guided_distill.files import absolute, write_json, write_whole
 from guided_distill.generate import sample_images
-from guided_distill.surface import make_entries, work
+from guided_distill.surface import make_entries
+from guided_distill.teachers import flops_of_a_call
 from guided_distill.text import end_of_text
 
 _SHOWN = 10  # samples in a row of the picture,
@@ -77,6 +80,21 @@ def evaluate(run, progress):
     return summary
 
 
+def work(experiment, stages):
+    """What `evaluate` costs, in forward passes of one image."""
+    entries, seeing = make_entries(experiment, stages), seeing_work(experiment, stages)
+    calls = sum((entry.calls + seeing) * len(entry.strengths(experiment.evaluate)) for entry in entries)
+    return experiment.evaluate.num_samples * calls
+
+
+def seeing_work(experiment, stages):
+    """What the networks of ImageNet among config.evaluate.features cost for one image, in forward passes of one."""
+    operations = sum(OPERATIONS.get(name, 0.0) for name in experiment.evaluate.features)
+    if not operations:
+        return 0
+    return round(operations / flops_of_a_call(stages[0].model, stages[0].init))
+
+
 def write_summary(run, summary):
     """Writes summary.json, whole or not at all; a report of another one is out of date."""
     (run.workdir / "report.html").unlink(missing_ok=True)
@@ -102,11 +120,12 @@ def _measured(run, entries, rows, yardsticks, progress):
     config, loaded, warm = run.experiment.evaluate, (None, None), set()
     found_again, clip = _make_retrieval(run, yardsticks), _make_clip(run, progress)
     reference = next(entry for entry in entries if entry.reference)
+    seeing = seeing_work(run.experiment, run.stages)
     for entry in entries:
         for w in entry.strengths(config):
             row = rows.get(entry.key(w))
             if row is not None:
-                progress.skip(config.num_samples * entry.calls)
+                progress.skip(config.num_samples * (entry.calls + seeing))
             else:
                 if loaded[0] is not entry.stage:
                     loaded = (entry.stage, run.params_of(entry.stage))
@@ -115,7 +134,8 @@ def _measured(run, entries, rows, yardsticks, progress):
                     warm.add((entry.stage.model, entry.sampler))
                     progress.begin()
                 asked = _reference_images(run, reference, w) if entry.keeps_the_map and entry != reference else None
-                row = _measure_row(run, entry, loaded[1], w, yardsticks, asked, found_again, clip, progress)
+                advance = functools.partial(_advance, progress, entry, w, entry.calls + seeing)
+                row = _measure_row(run, entry, loaded[1], w, yardsticks, asked, found_again, clip, advance)
             yield entry, w, row
 
 
@@ -156,7 +176,11 @@ def _reference_images(run, reference, w):
     return _keep_images(run, path, np.concatenate([x for _, _, x, _ in batches]))
 
 
-def _measure_row(run, entry, params, w, yardsticks, asked, found_again, clip, progress):
+def _advance(progress, entry, w, work, num):
+    progress.advance(num * work, f"evaluating {entry.label}", f"w {w:g}")
+
+
+def _measure_row(run, entry, params, w, yardsticks, asked, found_again, clip, advance):
     """Draws the samples of one row, measures them, keeps what the pictures show; returns the row."""
     config, bound, compared = run.experiment.evaluate, run.pictures[0].data_range, _compared(run)
     kept, seconds, distances, clip_scores = [], [], [], []
@@ -171,7 +195,7 @@ def _measure_row(run, entry, params, w, yardsticks, asked, found_again, clip, pr
         kept.append(x[near] if entry.reference else x[index < _num_shown(run)])
         if asked is not None and near.any():
             distances.append(pixels.distance(x[near], asked[index[near]]))
-        progress.advance(len(index) * entry.calls, f"evaluating {entry.label}", f"w {w:g}")
+        advance(len(index))
     kept = np.concatenate(kept)
     if entry.reference:
         _keep_images(run, _directory(run) / f"{entry.file(w)}.images.npy", kept)

@@ -68,10 +68,3 @@ def make_entries(experiment, stages):
     taught = [stage for stage in students if stage.series and stage.sampler != "encode"]
     steps = {stage.name: stage.steps(experiment.stage2.teacher_steps) for stage in taught}
     return entries + [Entry(stage, n, stage.sampler) for stage in taught for n in few if n in steps[stage.name]]
-
-
-def work(experiment, stages):
-    """What `evaluate` costs, in forward passes of one image."""
-    entries = make_entries(experiment, stages)
-    calls = sum(entry.calls * len(entry.strengths(experiment.evaluate)) for entry in entries)
-    return experiment.evaluate.num_samples * calls

@@ -8,14 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
+from tiny import quick_config
 from weights import random_state
 
-from guided_distill import pictures, sharding
+from guided_distill import costs, evaluate, pictures, sharding
 from guided_distill.errors import UserError
 from guided_distill.evaluation import features
 from guided_distill.evaluation.features import FeatureNetwork, classifier_network, compute, load_feature_network
+from guided_distill.experiment import from_config
 from guided_distill.interop import feature_weights
 from guided_distill.models.classifier import Classifier
+from guided_distill.models.efficientnet_lite import EfficientNetLite0
+from guided_distill.models.inception import InceptionV3
+from guided_distill.stages import make_stages
+from guided_distill.teachers import flops_of_a_call
 
 RNG = np.random.default_rng(0)
 X = RNG.uniform(-1, 1, (37, 4, 4, 3)).astype(np.float32)
@@ -93,6 +99,23 @@ def test_samples_that_are_no_images_are_refused(name, shape):
 def test_an_unknown_network_is_named():
     with pytest.raises(UserError, match="'vgg'.*inception_v3, efficientnet_lite0"):
         load_feature_network("vgg")
+
+
+@pytest.mark.parametrize("name", features.NETWORKS)
+def test_what_progress_is_told_of_a_network_is_what_it_takes(name):
+    """A run by a network of ImageNet is told its time left from this: it may take more than all sampling."""
+    module = {"inception_v3": InceptionV3(), "efficientnet_lite0": EfficientNetLite0()}[name]
+    x = jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32)
+    params = jax.eval_shape(lambda x: module.init(jax.random.key(0), features._pixels(x)), x)["params"]
+    counted = costs.cost_of(features.NETWORKS[name][0], params, x).flops
+    assert counted == pytest.approx(features.OPERATIONS[name], rel=0.05)
+    experiment = from_config(quick_config(**{"evaluate.features": (name,)}))
+    stages = make_stages(experiment)
+    passes = evaluate.seeing_work(experiment, stages)
+    assert passes * flops_of_a_call(stages[0].model, stages[0].init) == pytest.approx(counted, rel=0.06)
+    plain = evaluate.work(from_config(quick_config()), stages)
+    rows = 2 * (1 + 2 + 2 + 2)  # w by the reference, the teacher's steps, those of stage one and the students'
+    assert evaluate.work(experiment, stages) - plain == experiment.evaluate.num_samples * rows * passes
 
 
 @pytest.mark.parametrize("name", features.NETWORKS)
