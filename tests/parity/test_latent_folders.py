@@ -109,18 +109,24 @@ def test_the_pipeline_ends_where_our_sampler_ends(written, pipeline, num_steps, 
     ).images
     hook.remove()
     assert calls == [1] * num_steps
-    schedule = diffusion.DiscreteBetas()
-    denoiser = make_denoiser(make_model_fn(SDUNet(UNET)), params["unet"], schedule, "v")
-    cond = {"text": jnp.asarray(text), "w": jnp.full(1, guidance_scale - 1.0)}
-    grid = jax.tree.map(jnp.asarray, diffusion.make_grid(schedule, num_steps))
-    run = jax.jit(lambda z, num: samplers.deterministic(denoiser, grid, z, cond, num))
-    at = run(z, num_steps)
+    at = _sampled(params["unet"], z, {"text": text, "w": np.full(1, guidance_scale - 1.0, np.float32)}, num_steps)
     close(np.moveaxis(np.asarray(at), -1, 1), theirs)
-    image = jax.jit(
-        lambda z: Autoencoder(STUDENT.autoencoder).apply({"params": params["autoencoder"]}, z, method="decode")
-    )
     with torch.no_grad():
-        close(np.moveaxis(np.asarray(image(at)), -1, 1), pipeline.vae.decode(theirs / 0.18215).sample)
+        image = np.asarray(_decoded(params["autoencoder"], at))
+        close(np.moveaxis(image, -1, 1), pipeline.vae.decode(theirs / 0.18215).sample)
+
+
+@jax.jit
+def _sampled(params, z, cond, num_steps):
+    schedule = diffusion.DiscreteBetas()
+    denoiser = make_denoiser(make_model_fn(SDUNet(UNET)), params, schedule, "v")
+    grid = jax.tree.map(jnp.asarray, diffusion.make_grid(schedule, 8))
+    return samplers.deterministic(denoiser, grid, z, cond, num_steps)
+
+
+@jax.jit
+def _decoded(params, z):
+    return Autoencoder(STUDENT.autoencoder).apply({"params": params}, z, method="decode")
 
 
 @pytest.mark.parametrize("num_steps", [4, 20])
