@@ -1,12 +1,17 @@
 """Our U-Net beside the same network written in PyTorch: an implementation that shares no line with it."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from analytic import quick_jit
 
 from benchmarks import unet_torch
 from guided_distill.models import UNet, UNetConfig, make_model_fn
@@ -39,9 +44,9 @@ def test_values_and_gradients_agree_with_pytorch(config):
     unet_torch.load_flax(model.eval(), params)
     z = torch.tensor(x).movedim(-1, 1).requires_grad_()
     theirs = model(z, torch.tensor(logsnr), torch.tensor(label).long())
-    np.testing.assert_allclose(ours(x), theirs.detach().movedim(1, -1).numpy(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(quick_jit(ours)(x), theirs.detach().movedim(1, -1).numpy(), rtol=1e-4, atol=1e-4)
 
     (theirs**2).sum().backward()
-    gradient = jax.grad(lambda x: (ours(x) ** 2).sum())(x)
+    gradient = quick_jit(jax.grad(lambda x: (ours(x) ** 2).sum()))(x)
     expected = z.grad.movedim(1, -1).numpy()
     np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
