@@ -91,6 +91,9 @@ def test_stages_are_chosen_by_name(run, trusting, tmp_path):
         ),
         ({"stages": ["stage2_det_0004"]}, "stage2_det_0004 is no finished student of .*; there are stage1, stage2_det"),
         ({"stages": ["teacher"]}, "teacher is no finished student"),
+        ({"formats": ["bundle", "bundle"]}, "--formats=bundle,bundle: each is named once"),
+        ({"stages": ["stage1", "stage1"]}, "--stages=stage1,stage1: each is named once"),
+        ({"formats": ["diffusers"], "with_teacher": True}, "--with_teacher: its pipeline would be another"),
     ],
 )
 def test_what_cannot_be_exported_is_named(run, tmp_path, options, says):
