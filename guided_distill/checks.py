@@ -18,16 +18,14 @@ _TEACHER_DTYPES = ("float32", "bfloat16")
 
 def check(experiment):
     """Raises UserError for values that fit their type and make no sense."""
-    for key, choices in (
-        ("parameterisation", diffusion.PARAMETERISATIONS),
-        ("weighting", diffusion.WEIGHTINGS),
-        ("teacher_dtype", _TEACHER_DTYPES),
+    for key, value, choices in (
+        ("parameterisation", experiment.parameterisation, diffusion.PARAMETERISATIONS),
+        ("weighting", experiment.weighting, diffusion.WEIGHTINGS),
+        ("teacher_dtype", experiment.teacher_dtype, _TEACHER_DTYPES),
+        ("model.remat_policy", getattr(experiment.model, "remat_policy", "nothing"), POLICIES),
     ):
-        if getattr(experiment, key) not in choices:
-            raise UserError(f"config.{key} is {getattr(experiment, key)!r}; it must be one of {', '.join(choices)}")
-    policy = getattr(experiment.model, "remat_policy", "nothing")
-    if policy not in POLICIES:
-        raise UserError(f"config.model.remat_policy is {policy!r}; it must be one of {', '.join(POLICIES)}")
+        if value not in choices:
+            raise UserError(f"config.{key} is {value!r}; it must be one of {', '.join(choices)}")
     _check_at_least(experiment)
     _check_rounds(experiment.stage2)
     _check_plan(experiment.rounds, experiment.stage2.series)

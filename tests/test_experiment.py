@@ -67,6 +67,7 @@ def test_cifar10_is_there_in_small_sizes(size, least, most):
         ("schedule.name", "linear", "config.schedule.name is 'linear'; it must be one of cosine"),
         ("parameterisation", "w", "config.parameterisation is 'w'; it must be one of x, eps, v"),
         ("weighting", "none", "config.weighting is 'none'; it must be one of"),
+        ("model.remat_policy", "all", "config.model.remat_policy is 'all'; it must be one of nothing, products"),
         ("stage2.teacher_steps", 48, "config.stage2.teacher_steps is 48; it must be a power of 2"),
         ("evaluate.w", (0.0, 5.0), r"config.evaluate.w holds 5.0, outside the trained range \[0.0, 4.0\]"),
         ("evaluate.num_steps", (3,), "config.evaluate.num_steps holds 3; students are trained for 2, 1"),

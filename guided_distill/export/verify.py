@@ -195,7 +195,7 @@ def pipelines(directory, students, grid):
         fields = [(name, shape) for name, shape, _ in student.model.cond_fields if name != "null_text"]
         fields.append(("noise", student.model.sample_shape))
         given = {name: rng.normal(size=(num, *shape)).astype(np.float32) for name, shape in fields} | {"w": strengths}
-        if not fields[:-1]:
+        if not student.model.cond_fields:
             given["label"] = np.arange(num, dtype=np.int32) % student.model.num_classes
         if "mask" in given:
             given["mask"] = (given["mask"] > 0.0).astype(np.float32)

@@ -172,8 +172,9 @@ def advice(experiment, plans, place, known):
 def _keeps_less(policy, model):
     """Whether a policy of rematerialisation keeps less than a network does now."""
     kept = ("everything", "products", "nothing")
-    now = model.remat_policy if getattr(model, "remat", True) else "everything"
-    return hasattr(model, "remat") and kept.index(policy) > kept.index(now)
+    if not hasattr(model, "remat"):
+        return False
+    return kept.index(policy) > kept.index(model.remat_policy if model.remat else "everything")
 
 
 def _parts(plan, batch, place):
