@@ -25,6 +25,12 @@ _ABOUT = """# {title}
 
 {num} pictures of one class, guidance strength w and seed, each from a noise of its own; w = 0 is no guidance.
 """
+# Gradio's page may take the stream of the server's answers for open while the server is closing it after another drawing;
+# what was asked for then never comes, and the page waits. Any other question opens the stream again, and this one asks.
+_AWAIT_ANSWER = """() => {
+  clearTimeout(window.askAgain);
+  window.askAgain = setTimeout(() => document.querySelector('#ask_again').click(), 3000);
+}"""
 _QUEUE = f"One is drawn at a time; whoever else asks waits in a queue of at most {WAITING}, and sees the place here."
 
 
@@ -48,9 +54,12 @@ def build(player):
                     with gr.Tab("Fill in"):
                         _tab_of_a_picture(player, settings, status, masked=True)
         student, w, label, seed = settings
-        gr.on([page.load, student.input, w.input, label.input, seed.change, beside.input],
-              inputs=[*settings, beside], outputs=drawn, api_name="draw", **draw, show_progress_on=status,
-              trigger_mode="always_last")  # fmt: skip
+        moves = [student.input, w.input, label.input, seed.change, beside.input]
+        gr.on(moves, js=_AWAIT_ANSWER, api_visibility="private")
+        gr.on([page.load, *moves], inputs=[*settings, beside], outputs=drawn, api_name="draw", **draw,
+              show_progress_on=status, trigger_mode="always_last")  # fmt: skip
+        ask_again = gr.Button(elem_id="ask_again", visible="hidden")
+        ask_again.click(lambda: None, api_visibility="private", show_progress="hidden")
         another.click(lambda: random.randrange(MAX_SEED), outputs=seed, queue=False, api_visibility="private")
     return page
 
