@@ -17,7 +17,7 @@ help:
 	@echo 'make venv         .venv with what make test needs (made first by all the others)'
 	@echo 'make demo         the whole chain on 8x8 digits: teacher, student, 32 steps down to 1, pictures; minutes on a CPU'
 	@echo 'make test         the tests, under ten minutes on two cores'
-	@echo 'make test-slow    the slow tests alone; installs jax2onnx and Gradio first'
+	@echo 'make test-slow    the slow tests alone; installs jax2onnx, Gradio and libtpu first'
 	@echo 'make test-all     both'
 	@echo 'make test-parity  the tests that compare with PyTorch; installs it first'
 	@echo 'make lint         ruff'
@@ -40,10 +40,12 @@ venv: .venv/installed
 	@$(INSTALL) --no-deps torch-fidelity clip-anytorch
 	@touch $@
 
-# What is tested slowly: the converter to ONNX and the page.
+# What is tested slowly: the converter to ONNX, the page, and the TPU's compiler, which has a directory of its own: among
+# the other packages it makes every JAX program on a machine without a TPU complain.
 .venv/extras: .venv/installed
-	@echo 'Installing jax2onnx, onnxruntime and Gradio into .venv'
+	@echo 'Installing jax2onnx, onnxruntime, Gradio and libtpu into .venv'
 	@$(INSTALL) -e '.[test,onnx,demo]'
+	@$(INSTALL) --no-deps --target .venv/tpu libtpu
 	@touch $@
 
 # What the slow tests of the report look through.

@@ -27,6 +27,7 @@ CORE = [
     "safetensors>=0.8",
     "tensorboardX>=2.6.4",
     "tensorflow-datasets>=4.9.9",
+    "tensorstore>=0.1.86",
 ]
 
 EXAMPLES = ["mlxtend>=0.24", "scikit-learn>=1.8"]

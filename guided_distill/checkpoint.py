@@ -9,6 +9,7 @@ import zlib
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 
 from guided_distill import distributed
@@ -196,10 +197,15 @@ def _write_checksums(stage_dir, step):
 
 
 def _damage(stage_dir, step):
-    """What the noted checksums say is wrong, or None; a run may be stopped before it notes them."""
+    """What the noted checksums say is wrong, or None; where a run was stopped before it noted them, what is unreadable.
+
+    For one process alone: Orbax reads with all of them, and where one fails the others wait for it.
+    """
     path = _checksums_path(stage_dir, step)
+    if not path.exists():
+        return _unreadable(_step_dir(stage_dir, step))
     try:
-        noted = json.loads(path.read_text()) if path.exists() else {}
+        noted = json.loads(path.read_text())
         noted.items()
     except (ValueError, AttributeError):
         return f"its checksums, {path}, are not what was noted"
@@ -209,6 +215,23 @@ def _damage(stage_dir, step):
         if found != expected:
             what = "is missing" if found is None else "is truncated" if found[0] < expected[0] else "was changed"
             return f"{name} {what}"
+    return None
+
+
+def _unreadable(directory):
+    """Why a checkpoint cannot be read, or None, after every value of its arrays' store was."""
+    base = f"{directory / 'state'}/"
+    try:
+        for name in ("_CHECKPOINT_METADATA", "state/_METADATA", "batches/metadata"):
+            json.loads((directory / name).read_text())
+        base = base if in_bucket(directory) else f"file://{base}"
+        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        keys = store.list().result()
+        # A file that is missing is read as one with nothing in it, and would be restored as zeros.
+        if not keys or not all(store.read(key).result().value for key in keys):
+            return "a file of state/ is missing"
+    except Exception as error:  # TensorStore raises what it likes
+        return _reason(error)
     return None
 
 

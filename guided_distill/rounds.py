@@ -11,7 +11,7 @@ import math
 import jax
 import numpy as np
 
-from guided_distill import distributed, sharding, train
+from guided_distill import distributed, preemption, sharding, train
 from guided_distill.data import make_batches, read_records
 from guided_distill.errors import UserError
 from guided_distill.files import read_json, write_json
@@ -209,7 +209,10 @@ def _opening_gaps(run, rounds):
     params = run.params_of(run.stage(rounds[0].parent))
     state = sharding.place(run.mesh, make_state(params, rounds[0].training.optimiser))
     frozen = {"teacher": as_teacher(params, run.experiment.teacher_dtype)}
-    gaps = {stage.name: gap_of(run, stage, frozen)(state) for stage in rounds}
+    gaps = {}
+    for stage in rounds:
+        gaps[stage.name] = gap_of(run, stage, frozen)(state)
+        preemption.stop_if_asked()
     if not all(map(math.isfinite, gaps.values())):
         raise UserError(f"{rounds[0].parent}: its output is not finite, so no rounds can be planned from it ({gaps})")
     return gaps
@@ -228,5 +231,6 @@ def _probe(run, stage, frozen, params):
         state = sharding.place(run.mesh, start)
         for batch in itertools.islice(batches_of(run, stage), config.probe_updates):
             state, _ = step_fn(state, frozen, sharding.shard_batch(run.mesh, batch), knobs, key)
+            preemption.stop_if_asked()
         found[rate] = gap(state)
     return found

@@ -1,11 +1,12 @@
 import functools
 import logging
+import shutil
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from guided_distill import sharding
+from guided_distill import checkpoint, sharding
 from guided_distill.checkpoint import Checkpoints, is_complete, load_eval_params, mark_complete
 from guided_distill.errors import UserError
 from guided_distill.optim import OptimiserConfig
@@ -114,6 +115,22 @@ def test_a_checkpoint_whose_checksums_were_never_noted_is_used(tmp_path):
     write(tmp_path, [1, 2])
     (tmp_path / "checksums" / "2.json").unlink()
     assert same(restore(tmp_path)[0], state_at(2))
+
+
+@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt", "ocdbt.process_0/d"])
+@pytest.mark.parametrize("damage", [truncate_largest_file, shutil.rmtree])
+def test_one_without_checksums_is_read_before_it_is_used(tmp_path, caplog, name, damage):
+    write(tmp_path, [1, 2])
+    (tmp_path / "checksums" / "2.json").unlink()
+    damaged = tmp_path / "checkpoints" / "2" / "state" / name
+    if damaged.is_dir():
+        damage(damaged)
+    elif damage is shutil.rmtree:
+        damaged.unlink()
+    else:
+        damaged.write_bytes(damaged.read_bytes()[:50])
+    assert checkpoint._damage(tmp_path, 2) is not None and checkpoint._damage(tmp_path, 1) is None
+    assert same(restore(tmp_path)[0], state_at(1)) and "checkpoints/2 cannot be read" in caplog.text
 
 
 def test_checksums_go_with_their_checkpoints(tmp_path):

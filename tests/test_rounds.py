@@ -13,7 +13,7 @@ from stopping import Stopped, stop_after
 from tiny import quick_config
 
 import configs.rounds
-from guided_distill import metrics, pipeline, rounds, sharding
+from guided_distill import errors, metrics, pipeline, preemption, rounds, sharding
 from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
 from guided_distill.stages import make_stages
@@ -116,6 +116,24 @@ PLANNED = {
     "stage2.updates": 20,
     "stage2.final_updates": 20,
 }
+
+
+@pytest.mark.parametrize("looks", range(2 + 2 * 2))  # two gaps, then two updates with each of two rates
+def test_planning_ends_where_it_is_told_to(tmp_path, monkeypatch, looks):
+    run, params, told = make_run(tmp_path, **PLANNED), {"w": jnp.zeros(1)}, iter([*[False] * looks, True])
+    run.stage, run.params_of = (lambda name: None), (lambda stage: params)
+    monkeypatch.setattr(preemption, "asked", lambda: next(told))
+    monkeypatch.setattr(sharding, "shard_batch", lambda mesh, batch: batch)
+    for name, value in {
+        "gap_of": lambda *_: lambda state: 1.0,
+        "step_of": lambda *_: lambda state, *_: (state, {}),
+        "batches_of": lambda *_: itertools.repeat({}),
+        "knobs_of": lambda *_: {},
+    }.items():
+        monkeypatch.setattr(rounds, name, value)
+    with pytest.raises(errors.Stopped):
+        rounds.settle(run, run.stages[-2], {}, params)
+    assert next(told, None) is None and not list(tmp_path.rglob("plan.json"))
 
 
 @pytest.mark.slow

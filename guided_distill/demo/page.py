@@ -25,8 +25,8 @@ _ABOUT = """# {title}
 
 {num} pictures of one class, guidance strength w and seed, each from a noise of its own; w = 0 is no guidance.
 """
-# Gradio's page may take the stream of the server's answers for open while the server is closing it after another drawing;
-# what was asked for then never comes, and the page waits. Any other question opens the stream again, and this one asks.
+# Gradio's page may take the stream of the server's answers for open while the server is closing it after another
+# drawing; what was asked for then never comes, and the page waits. The next question opens the stream: this asks one.
 _AWAIT_ANSWER = """() => {
   clearTimeout(window.askAgain);
   window.askAgain = setTimeout(() => document.querySelector('#ask_again').click(), 3000);
