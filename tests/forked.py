@@ -18,9 +18,9 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["guided_distill.main", "guided_distill.sample", "configs.digits"])
 
 
-def run_main(arguments, *, env):
-    """`python -m guided_distill.main` with these arguments, from the root of the repository: a CompletedProcess."""
-    return _run(_main, arguments, env, REPO)
+def run_main(arguments, *, env, cwd=REPO):
+    """`python -m guided_distill.main` with these arguments in the directory `cwd`: a CompletedProcess."""
+    return _run(_main, arguments, env, cwd)
 
 
 def run_script(path, *, env, cwd):
@@ -65,7 +65,7 @@ def _main(arguments):
     from guided_distill import main
 
     sys.argv = ["guided_distill.main", *arguments]  # where ml_collections looks for the keys of a config
-    main._leave(main.main())
+    main.console()
 
 
 def _parse_each(commands):
