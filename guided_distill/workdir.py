@@ -15,7 +15,7 @@ from guided_distill.differences import differing_keys
 from guided_distill.errors import Fault, UserError
 from guided_distill.experiment import Experiment, from_config
 from guided_distill.files import absolute, read_json, write_whole
-from guided_distill.interop import latent_folder
+from guided_distill.interop import latent_folder, salimans_ho
 from guided_distill.latent_space import frozen_hash, open_space
 from guided_distill.stages import Stage, make_stages
 from guided_distill.teachers import initial_params, make_module, outside_teacher, shapes_of
@@ -116,7 +116,7 @@ class Run:
     def checkpoint_of(self, stage):
         """Where the weights of a finished stage are: its directory, or that of the run it was given from."""
         given = self.given(stage)
-        if given and latent_folder.is_latent(given):
+        if given and (latent_folder.is_latent(given) or salimans_ho.is_checkpoint(given)):
             return absolute(given)
         return find_stage(given, stage.name) if given else stage.directory(self.workdir)
 
@@ -126,6 +126,8 @@ class Run:
             return sharding.place(self.mesh, self.outside.params)
         if self.given(stage) and latent_folder.is_latent(self.given(stage)):
             return sharding.place(self.mesh, latent_folder.read_latent(self.given(stage), ["unet"])[1]["unet"])
+        if self.given(stage) and salimans_ho.is_checkpoint(self.given(stage)):
+            return sharding.place(self.mesh, _read_salimans_ho(self.experiment, self.given(stage)))
         return load_eval_params(self.checkpoint_of(stage), functools.partial(sharding.by_size, self.mesh))
 
     def finished(self, stage):
@@ -259,6 +261,9 @@ def _check_given(config, name, path):
     if latent_folder.is_latent(path):
         _check_imported(config, name, path)
         return
+    if salimans_ho.is_checkpoint(path):
+        _check_salimans_ho(config, name, path)
+        return
     stage_dir = find_stage(path, name)
     if not is_complete(stage_dir):
         raise UserError(f"{key}: {stage_dir} is not finished; finish it with --mode=run first")
@@ -297,6 +302,22 @@ def _check_imported(config, name, path):
             f"{key}: {path} predicts {theirs.parameterisation}, and the config says {predicts} (config.parameterisation"
             ", and config.to_v.updates, 0 where stage one is given)"
         )
+
+
+def _check_salimans_ho(config, name, path):
+    """The same of a file: a checkpoint of diffusion_distillation, whose networks take no w."""
+    key, experiment = f"config.{name}.checkpoint", from_config(config)
+    if name != "teacher" or experiment.backbone != "unet":
+        raise UserError(f"{key}: {path} is a file; one of diffusion_distillation can be config.teacher.checkpoint, of "
+                        "a config whose config.model.name is 'unet'")  # fmt: skip
+    _read_salimans_ho(experiment, path)
+
+
+def _read_salimans_ho(experiment, path):
+    module = make_module(experiment, False, experiment.parameterisation)
+    return salimans_ho.read_checkpoint(
+        path, module.config, shapes_of(functools.partial(initial_params, experiment, False))
+    )
 
 
 def _what_it_is(config, name):
