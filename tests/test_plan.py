@@ -313,13 +313,13 @@ def test_what_is_only_used_in_bfloat16_is_written_so():
 
 
 @pytest.mark.slow
-def test_memory_is_what_the_compiler_schedules():
-    """results/plan/tpu.md: MiB of a chip; CIFAR-10's teacher is compiled to the end, the others are scheduled."""
-    scheduled = {
+def test_memory_is_what_the_compiler_says():
+    """results/plan/tpu.md: MiB of a chip; CIFAR-10's are compiled to the end, ImageNet 64's are scheduled."""
+    found = {
         "imagenet64": ("v5e:16x16", {"teacher": 5759, "stage1": 6928, "stage2_det_0512": 5770}),
-        "cifar10": ("v5e:2x2", {"teacher": 2059, "stage1": 2299, "stage2_det_0512": 1889}),
+        "cifar10": ("v5e:2x2", {"teacher": 2059, "stage1": 2466, "stage2_det_0512": 2125}),
     }
-    for config, (topology, sizes) in ((CONFIGS[name], entry) for name, entry in scheduled.items()):
+    for config, (topology, sizes) in ((CONFIGS[name], entry) for name, entry in found.items()):
         plans = plan.make_plan(from_config(config.get_config().to_dict()), plan.place_for(topology), KNOWN)
         ours = {stage.name: stage.bytes / 2**20 for stage in plans}
         assert {name: ours[name] for name in sizes} == pytest.approx(sizes, rel=0.25)
