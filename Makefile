@@ -45,7 +45,7 @@ venv: .venv/installed
 .venv/extras: .venv/installed
 	@echo 'Installing jax2onnx, onnxruntime, Gradio and libtpu into .venv'
 	@$(INSTALL) -e '.[test,onnx,demo]'
-	@$(INSTALL) --no-deps --target .venv/tpu libtpu
+	@$(INSTALL) --no-deps --upgrade --target .venv/tpu 'libtpu>=0.0.42'
 	@touch $@
 
 # What the slow tests of the report look through.

@@ -219,19 +219,26 @@ def _damage(stage_dir, step):
 
 
 def _unreadable(directory):
-    """Why a checkpoint cannot be read, or None, after every value of its arrays' store was."""
+    """What of a checkpoint is cut short or gone, or None, after every value of its arrays' store was read.
+
+    Raises Fault where it cannot be told, as the storage does not answer.
+    """
     base = f"{directory / 'state'}/"
     try:
-        for name in ("_CHECKPOINT_METADATA", "state/_METADATA", "batches/metadata"):
-            json.loads((directory / name).read_text())
-        base = base if in_bucket(directory) else f"file://{base}"
+        for file in (directory / "state/_METADATA", directory / "batches/metadata",
+                     *_files(directory / "state/array_metadatas")):  # fmt: skip
+            json.loads(file.read_text())
+        base = base if in_bucket(directory) else {"driver": "file", "path": base}
         store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
         keys = store.list().result()
         # A file that is missing is read as one with nothing in it, and would be restored as zeros.
         if not keys or not all(store.read(key).result().value for key in keys):
             return "a file of state/ is missing"
-    except Exception as error:  # TensorStore raises what it likes
-        return _reason(error)
+    except Exception as error:  # TensorStore raises ValueErrors of all kinds
+        damaged = isinstance(error, json.JSONDecodeError | UnicodeDecodeError | FileNotFoundError | NotADirectoryError)
+        if damaged or str(error).startswith(("DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND")):
+            return _reason(error)
+        raise Fault(f"{directory} cannot be read now ({_reason(error)}); the same command goes on from it") from error
     return None
 
 
@@ -274,7 +281,7 @@ def load_eval_params(path, sharding_of):
     if not steps:
         raise UserError(f"{stage_dir / 'checkpoints'}: holds no finished checkpoint")
     newest = _step_dir(stage_dir, max(steps))
-    damage = _damage(stage_dir, max(steps))
+    damage = distributed.agreed(lambda: _damage(stage_dir, max(steps)))
     if damage is None:
         try:
             return _read_eval_params(newest, sharding_of)

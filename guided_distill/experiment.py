@@ -36,7 +36,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherConfig(Training):
-    """The teacher: trained here, taken from `checkpoint` (a workdir or stage directory of an earlier run), or what the
+    """The teacher: trained here, taken from `checkpoint` (see README.md for what it may name), or what the
     function `factory` ("package.module:function") returns.
     """
 

@@ -127,7 +127,7 @@ class Run:
         if self.given(stage) and latent_folder.is_latent(self.given(stage)):
             return sharding.place(self.mesh, latent_folder.read_latent(self.given(stage), ["unet"])[1]["unet"])
         if self.given(stage) and salimans_ho.is_checkpoint(self.given(stage)):
-            return sharding.place(self.mesh, _read_salimans_ho(self.experiment, self.given(stage)))
+            return sharding.place(self.mesh, _read_salimans_ho(self.experiment, self.given(stage))[0])
         return load_eval_params(self.checkpoint_of(stage), functools.partial(sharding.by_size, self.mesh))
 
     def finished(self, stage):
@@ -204,7 +204,7 @@ def open_run(config, workdir, *, create=True) -> Run:
     run = Run(experiment, absolute(workdir), mesh, stages, sharding.place(mesh, grid), outside)
     for name in ("teacher", "stage1"):
         if path := getattr(experiment, name).checkpoint:
-            _check_given(config, name, path)
+            _check_given(config, name, path, create)
     distributed.agreed(lambda: _check_same_config(run, config))
     if create:
         _ = run.dataset  # loaded before anything is written: a mistake in the data section leaves no workdir behind
@@ -255,14 +255,18 @@ def _check_network(experiment):
         raise UserError(f"config.model does not make a network for {shape} samples: {reason}") from error
 
 
-def _check_given(config, name, path):
+def _check_given(config, name, path, create):
     """Raises UserError unless the stage at `path` has finished and was made with the same network and schedule."""
     key = f"config.{name}.checkpoint"
+    if not absolute(path).exists():
+        raise UserError(f"{key}: {path}: no such checkpoint; give a workdir, a stage directory of one, a folder that "
+                        "--mode=import wrote, or a file of diffusion_distillation")  # fmt: skip
     if latent_folder.is_latent(path):
         _check_imported(config, name, path)
         return
     if salimans_ho.is_checkpoint(path):
-        _check_salimans_ho(config, name, path)
+        if create:
+            _check_salimans_ho(config, name, path)
         return
     stage_dir = find_stage(path, name)
     if not is_complete(stage_dir):
@@ -310,7 +314,15 @@ def _check_salimans_ho(config, name, path):
     if name != "teacher" or experiment.backbone != "unet":
         raise UserError(f"{key}: {path} is a file; one of diffusion_distillation can be config.teacher.checkpoint, of "
                         "a config whose config.model.name is 'unet'")  # fmt: skip
-    _read_salimans_ho(experiment, path)
+    if experiment.schedule != diffusion.Cosine() or experiment.model.norm_groups != 32:
+        raise UserError(f"{key}: what trained {path} knows the cosine schedule with log-SNR in [-20, 20] alone "
+                        "(config.schedule), and norms of 32 groups (config.model.norm_groups)")  # fmt: skip
+    if experiment.stage1.w_max > 0 and not experiment.to_v.updates:
+        raise UserError(f"{key}: {path} was trained without label dropout, so that there is nothing to be guided with: "
+                        "set config.stage1.w_max=0")  # fmt: skip
+    num_steps, first = _read_salimans_ho(experiment, path)[1], experiment.stage2.teacher_steps
+    if num_steps and num_steps != first:
+        raise UserError(f"{key}: {path} is a student of {num_steps} steps; set config.stage2.teacher_steps={num_steps}")
 
 
 def _read_salimans_ho(experiment, path):

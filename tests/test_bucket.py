@@ -102,6 +102,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(store, caplog)
         assert int(checkpoints.restore_newest(state_at(0))[0].step) == 2
 
 
+def test_one_without_checksums_is_read_before_it_is_used(store, caplog):
+    with Checkpoints(STAGE) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state_at(step), {"next_index": step})
+    del store[next(name for name in store if name.endswith("checksums/2.json"))]
+    with Checkpoints(STAGE) as checkpoints:
+        assert int(checkpoints.restore_newest(state_at(0))[0].step) == 2
+    del store[largest_of(store, 2)]
+    with Checkpoints(STAGE) as checkpoints:
+        assert int(checkpoints.restore_newest(state_at(0))[0].step) == 1
+    assert "checkpoints/2 cannot be read" in caplog.text
+
+
 def test_a_checkpoint_that_was_never_finished_is_not_there(store):
     with Checkpoints(STAGE) as checkpoints:
         for step in (1, 2):

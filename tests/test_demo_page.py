@@ -109,6 +109,10 @@ window.fetch = (request, ...rest) => {
 
 
 def test_a_move_whose_answer_is_lost_is_answered_all_the_same(page):
+    if page.find_element(By.CSS_SELECTOR, "#beside input").is_selected():
+        press(page, "#beside input")
+    wait_for(lambda: len(shown(page)) == 1)
+    time.sleep(2)  # until the stream of that answer is closed
     before = shown(page)
     page.execute_script(CLOSING)
     page.find_element(By.CSS_SELECTOR, "#w input[type=range]").send_keys(Keys.HOME)

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 from tiny import tiny_config
 
 from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
 from guided_distill.interop import salimans_ho
 from guided_distill.models import make_model_fn
-from guided_distill.models.embeddings import noise_level, sinusoid
 from guided_distill.models.unet import UNet, UNetConfig
 from guided_distill.stages import make_stages
 from guided_distill.teachers import make_module
@@ -60,13 +60,19 @@ class SelfAttention(nn.Module):
         return x + h.reshape(x.shape)
 
 
+def time_embedding(logsnr, dim):
+    angle = 1000.0 * jnp.arctan(jnp.exp(-0.5 * logsnr))[:, None] / (0.5 * jnp.pi)
+    angle = angle * jnp.exp(-jnp.log(10000.0) / (dim // 2 - 1) * jnp.arange(dim // 2))[None]
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
 class Theirs(nn.Module):
     config: UNetConfig
 
     @nn.compact
     def __call__(self, z, logsnr, label):
         config = self.config
-        emb = nn.Dense(config.emb_channels, name="dense0")(sinusoid(1000.0 * noise_level(logsnr), config.channels))
+        emb = nn.Dense(config.emb_channels, name="dense0")(time_embedding(logsnr, config.channels))
         emb = nn.Dense(config.emb_channels, name="dense1")(nn.swish(emb))
         if config.num_classes > 1:
             one_hot = jax.nn.one_hot(label, config.num_classes)
@@ -102,7 +108,7 @@ def shapes(config):
     return jax.eval_shape(lambda key: UNet(config).init(key, z, one, one.astype(jnp.int32), None)["params"], KEYS[1])
 
 
-def written(path, config):
+def written(path, config, num_steps=0):
     """A file as their code writes it, of weights none of which is zero; and what their network makes of it."""
     label, net = jnp.array([0, 4, 2]), Theirs(config)
     params = jax.jit(net.init)(KEYS[1], Z, LOGSNR, label)["params"]
@@ -110,7 +116,7 @@ def written(path, config):
     keys = jax.random.split(KEYS[2], len(leaves))
     leaves = [leaf + 0.2 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
     params = jax.tree.unflatten(treedef, leaves)
-    state = {"step": 7, "optimizer": {"state": {"step": 7}}, "ema_params": params, "num_sample_steps": 8}
+    state = {"step": 7, "optimizer": {"state": {"step": 7}}, "ema_params": params, "num_sample_steps": num_steps}
     path.write_bytes(flax.serialization.to_bytes(state))
     return jax.jit(net.apply)({"params": params}, Z, LOGSNR, label)
 
@@ -118,8 +124,9 @@ def written(path, config):
 @pytest.mark.parametrize("changes", [{}, {"head_dim": None}, {"num_classes": 1}])
 def test_the_network_is_theirs(tmp_path, changes):
     config = dataclasses.replace(CONFIG, **changes)
-    expected = written(tmp_path / "checkpoint", config)
-    params = salimans_ho.read_checkpoint(tmp_path / "checkpoint", config, shapes(config))
+    expected = written(tmp_path / "checkpoint", config, num_steps=8)
+    params, num_steps = salimans_ho.read_checkpoint(tmp_path / "checkpoint", config, shapes(config))
+    assert num_steps == 8
     label = jnp.array([0, 4, 2]) if config.num_classes > 1 else jnp.array([0, 1, 0])
     ours = jax.jit(make_model_fn(UNet(config)))(params, Z, LOGSNR, {"label": label, "w": None})
     scale = float(jnp.abs(expected).max())
@@ -128,7 +135,7 @@ def test_the_network_is_theirs(tmp_path, changes):
 
 def test_there_and_back_is_the_same_to_the_bit(tmp_path):
     written(tmp_path / "theirs", CONFIG)
-    params = salimans_ho.read_checkpoint(tmp_path / "theirs", CONFIG, shapes(CONFIG))
+    params, _ = salimans_ho.read_checkpoint(tmp_path / "theirs", CONFIG, shapes(CONFIG))
     salimans_ho.write_checkpoint(tmp_path / "ours", CONFIG, params)
     theirs, ours = (
         flax.serialization.msgpack_restore((tmp_path / name).read_bytes())["ema_params"] for name in ("theirs", "ours")
@@ -140,9 +147,10 @@ def test_there_and_back_is_the_same_to_the_bit(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
+        (lambda state: {"ema_params": without(state, "class_emb")}, "is of a network without classes"),
         (lambda state: {"step": 1}, "is no checkpoint of diffusion_distillation"),
         (lambda state: {"ema_params": {**state, "more": np.zeros(1)}}, "left over: more"),
-        (lambda state: {"ema_params": {k: v for k, v in state.items() if k != "dense0"}}, "missing: dense0/bias"),
+        (lambda state: {"ema_params": without(state, "dense0")}, "missing: dense0/bias"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, spoil, says):
@@ -152,6 +160,22 @@ def test_what_does_not_fit_is_named(tmp_path, spoil, says):
     path.write_bytes(flax.serialization.msgpack_serialize(spoil(state)))
     with pytest.raises(UserError, match=says):
         salimans_ho.read_checkpoint(path, CONFIG, shapes(CONFIG))
+
+
+def without(state, name):
+    return {key: value for key, value in state.items() if key != name}
+
+
+def test_norms_of_older_versions_of_flax_are_read(tmp_path):
+    path = tmp_path / "checkpoint"
+    written(path, CONFIG)
+    new, _ = salimans_ho.read_checkpoint(path, CONFIG, shapes(CONFIG))
+    state = flatten_dict(flax.serialization.msgpack_restore(path.read_bytes())["ema_params"])
+    state = {key: value.reshape(1, 1, 1, -1) if "norm" in key[-2] else value for key, value in state.items()}
+    assert sum(value.shape[:3] == (1, 1, 1) for value in state.values()) > 20
+    path.write_bytes(flax.serialization.msgpack_serialize({"ema_params": unflatten_dict(state)}))
+    old, _ = salimans_ho.read_checkpoint(path, CONFIG, shapes(CONFIG))
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape and (a == b).all(), new, old))
 
 
 def test_other_heads_other_files_and_students_are_refused(tmp_path):
@@ -168,17 +192,29 @@ def test_other_heads_other_files_and_students_are_refused(tmp_path):
 
 
 def test_one_is_the_teacher_of_a_run(tmp_path):
-    values = tiny_config()
+    network = {"model.channels": 32, "model.norm_groups": 32, "evaluate.w": (0.0,), "stage1.w_max": 0.0}
+    values = tiny_config(**network)
     experiment = from_config(values)
-    stage = make_stages(experiment)[0]
-    params = jax.device_get(stage.init(KEYS[3]))
+    params = jax.device_get(make_stages(experiment)[0].init(KEYS[3]))
     module = make_module(experiment, False, experiment.parameterisation)
-    salimans_ho.write_checkpoint(tmp_path / "theirs", module.config, params)
-    values["teacher"]["checkpoint"] = str(tmp_path / "theirs")
+    path = str(tmp_path / "theirs")
+    salimans_ho.write_checkpoint(path, module.config, params)
+    values["teacher"]["checkpoint"] = path
     run = open_run(values, tmp_path / "run")
     assert run.finished(run.stages[0])
     same = functools.partial(jax.tree.map, lambda a, b: (np.asarray(a) == b).all())
     assert jax.tree.all(same(run.params_of(run.stages[0]), params))
-    values["stage1"]["checkpoint"] = values["teacher"]["checkpoint"]
-    with pytest.raises(UserError, match="config.stage1.checkpoint: .* is a file"):
-        open_run(values, tmp_path / "other")
+    state = flax.serialization.msgpack_restore((tmp_path / "theirs").read_bytes())
+    student = flax.serialization.msgpack_serialize(state | {"num_sample_steps": 8})
+    (tmp_path / "student").write_bytes(student)
+    for changes, says in (
+        ({"stage1.checkpoint": path}, "config.stage1.checkpoint: .* is a file"),
+        ({"teacher.checkpoint": path + "_"}, "config.teacher.checkpoint: .*theirs_: no such checkpoint"),
+        ({"teacher.checkpoint": str(tmp_path / "student")}, "is a student of 8 steps"),
+        ({"stage1.w_max": 1.0}, "config.stage1.w_max=0"),
+        ({"model.norm_groups": 16}, "norms of 32 groups"),
+    ):
+        config = tiny_config(**{**network, "teacher.checkpoint": path, **changes})
+        with pytest.raises(UserError, match=says):
+            open_run(config, tmp_path / "other")
+    assert not (tmp_path / "other").exists()

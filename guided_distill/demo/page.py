@@ -27,9 +27,12 @@ _ABOUT = """# {title}
 """
 # Gradio's page may take the stream of the server's answers for open while the server is closing it after another
 # drawing; what was asked for then never comes, and the page waits. The next question opens the stream: this asks one.
+# Who is seen waiting in the queue is being answered.
 _AWAIT_ANSWER = """() => {
   clearTimeout(window.askAgain);
-  window.askAgain = setTimeout(() => document.querySelector('#ask_again').click(), 3000);
+  window.askAgain = setTimeout(() => {
+    if (!/queue: [0-9]/.test(document.querySelector('#status').innerText)) document.querySelector('#ask_again').click();
+  }, 3000);
 }"""
 _QUEUE = f"One is drawn at a time; whoever else asks waits in a queue of at most {WAITING}, and sees the place here."
 
@@ -59,7 +62,7 @@ def build(player):
         gr.on([page.load, *moves], inputs=[*settings, beside], outputs=drawn, api_name="draw", **draw,
               show_progress_on=status, trigger_mode="always_last")  # fmt: skip
         ask_again = gr.Button(elem_id="ask_again", visible="hidden")
-        ask_again.click(lambda: None, api_visibility="private", show_progress="hidden")
+        ask_again.click(lambda: None, api_visibility="private", show_progress="hidden", trigger_mode="multiple")
         another.click(lambda: random.randrange(MAX_SEED), outputs=seed, queue=False, api_visibility="private")
     return page
 
@@ -114,6 +117,7 @@ def _tab_of_a_picture(player, settings, status, masked):
     student.change(functools.partial(_start, player, masked), student, start, queue=False, api_visibility="private")
     take.click(inputs=settings, outputs=given, api_visibility="private",
                **_of_one_queue(functools.partial(_first, player)), show_progress_on=status)  # fmt: skip
+    gr.on([take.click, go.click], js=_AWAIT_ANSWER, api_visibility="private")
     edit = functools.partial(_fill, player) if masked else functools.partial(_edit, player)
     go.click(inputs=[*settings, given, start], outputs=made, api_name=kind, **_of_one_queue(edit),
              show_progress_on=status)  # fmt: skip

@@ -3,8 +3,6 @@
 It is the same network, layer by layer, under other names; attention has an axis for heads there.
 """
 
-import math
-import pathlib
 import re
 
 import flax.serialization
@@ -12,8 +10,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from guided_distill.errors import UserError
-from guided_distill.files import write_whole
-from guided_distill.interop.tensors import import_tree
+from guided_distill.files import absolute, write_whole
+from guided_distill.interop.tensors import export_tree, import_tree
 
 # (what a path is called here, there), each rule on what those before it have left.
 _RENAMED = (
@@ -31,7 +29,6 @@ _RENAMED = (
     (r"/out/", "/proj_out/"),
 )
 _BY_HEADS = re.compile(r"_attention/([qkv]/(kernel|(?P<bias>bias))|(?P<out>out)/kernel)$")
-_WEIGHTS = ("ema_params", "params")  # what of a file is read, the average first
 
 
 class _Names:
@@ -71,42 +68,41 @@ class _Names:
 
 def is_checkpoint(path):
     """Whether a path is such a file, rather than a run or one of its stages."""
-    return pathlib.Path(path).expanduser().is_file()
+    return absolute(path).is_file()
 
 
 def read_checkpoint(path, config, shapes):
-    """The teacher's parameters f32 of a checkpoint; the average where it has one. `shapes` is our tree of them.
+    """(the averaged parameters f32, the number of steps of a distilled student, else 0) of a checkpoint.
 
-    A network without classes is read as one of a single class, whose label says nothing. Raises UserError for a file
-    that is none, and for one of another network than `config`, a UNetConfig.
+    `shapes` is our tree of parameters. A network without classes is read as one of a single class, whose label says
+    nothing. Raises UserError for a file that is none, and for one of another network than `config`, a UNetConfig.
     """
-    path, names = pathlib.Path(path).expanduser(), _Names(config)
-    state, wanted = _read(path), names.their_shapes(shapes)
+    path, names = absolute(path), _Names(config)
+    state, num_steps = _read(path)
+    wanted = names.their_shapes(shapes)
     if config.num_classes == 1:
         state = {**{key: np.zeros(wanted[key], np.float32) for key in wanted if key.startswith("class_emb/")}, **state}
-    # Flax kept some of these flat at times.
-    state = {key: _unflattened(value, wanted.get(key, value.shape)) for key, value in state.items()}
-    return import_tree(names, shapes, state, str(path))
+    elif "class_emb/kernel" not in state:
+        raise UserError(f"{path} is of a network without classes: it needs config.data.num_classes = 1, and such data")
+    state = {key: _without_ones(value, wanted.get(key)) for key, value in state.items()}
+    return import_tree(names, shapes, state, str(path)), num_steps
 
 
 def write_checkpoint(path, config, params):
     """Writes a teacher's parameters as such a checkpoint. Raises UserError for a student: w has no place in it."""
     if config.w_conditioned:
         raise UserError(f"{path}: a checkpoint of diffusion_distillation has no place for the w input")
-    names = _Names(config)
-    theirs = {
-        names.key(path): np.array(names.to_theirs(path, np.asarray(value, np.float32)))
-        for path, value in flatten_dict(params, sep="/").items()
-    }
-    state = {"step": 0, "ema_params": unflatten_dict(theirs, sep="/")}
-    write_whole(pathlib.Path(path).expanduser(), flax.serialization.msgpack_serialize(state))
+    theirs = unflatten_dict(export_tree(_Names(config), params), sep="/")
+    state = {"step": 0, "ema_params": theirs, "num_sample_steps": 0}
+    write_whole(absolute(path), flax.serialization.msgpack_serialize(state))
 
 
 def _read(path):
+    content = path.read_bytes()
     try:
-        state = flax.serialization.msgpack_restore(path.read_bytes())  # arrays, numbers and dictionaries alone
-        found = next(state[name] for name in _WEIGHTS if name in state)
-        return {key: np.asarray(value) for key, value in flatten_dict(found, sep="/").items()}
+        state = flax.serialization.msgpack_restore(content)  # arrays, numbers and dictionaries alone
+        found = flatten_dict(state["ema_params"], sep="/")
+        return {key: np.asarray(value) for key, value in found.items()}, int(state.get("num_sample_steps", 0))
     except Exception as error:  # msgpack raises what it likes
         raise UserError(
             f"{path} is no checkpoint of diffusion_distillation with its ema_params ({type(error).__name__}); give one "
@@ -114,5 +110,7 @@ def _read(path):
         ) from error
 
 
-def _unflattened(value, shape):
-    return value.reshape(shape) if value.ndim < len(shape) and value.size == math.prod(shape) else value
+def _without_ones(value, shape):
+    # Before version 0.3.6 Flax kept scales and biases of GroupNorm as [1, 1, 1, C].
+    same = shape is not None and [n for n in value.shape if n > 1] == [n for n in shape if n > 1]
+    return value.reshape(shape) if same else value
