@@ -1,6 +1,6 @@
 """Holds a finished run against the paper's claim on its own data: what was reached beside each bound.
 
-    python -m benchmarks.claims runs/digits [--bounds=mnist]
+    python -m benchmarks.claims runs/digits [--bounds=mnist|emoji_text]
 
 Exits with 1 when a bound is missed. "floor" is the noise floor of summary.json.
 """
@@ -15,6 +15,8 @@ REFERENCE_BOUNDS = {"digits": {4: 1.15, 2: 1.3}, "mnist": {4: 1.3, 2: 2.0}}
 TEACHER_BOUNDS = {2: 0.8, 1: 0.5}  # ... and this many times the teacher's own at the same N x 2
 DISTANCE_BOUND = 0.5  # of the distance to the reference images, against the teacher's own at the same N x 2
 AGREEMENT_MARGIN = 0.02
+KID_MARGIN = 1e-3  # of the student of captions over the reference teacher's, besides the standard error
+RETRIEVAL_MARGIN = 0.03
 
 
 def checks(summary, bounds):
@@ -62,13 +64,33 @@ def checks(summary, bounds):
     return found
 
 
+def caption_checks(summary, num_steps=4):
+    """The same of a run on captioned pictures: its student of `num_steps` steps, by EfficientNet-Lite0."""
+    rows = {(row["model"], row["num_steps"], row["w"]): row["metrics"] for row in summary["rows"]
+            if row["stage"] != "stage1"}  # fmt: skip
+    reference_steps, found = max(row["num_steps"] for row in summary["rows"]), []
+    kid, retrieval = "kid_efficientnet_lite0", "retrieval_efficientnet_lite0"
+    for w in sorted({row["w"] for row in summary["rows"]}):
+        student, teacher = rows["student", num_steps, w], rows["teacher", reference_steps, w]
+        for what, value, bound in (
+            ("kid: reference + error + 1e-3", student[kid], teacher[kid] + student[f"{kid}_se"] + KID_MARGIN),
+            (f"distance: {DISTANCE_BOUND} x teacher {num_steps}x2", student["distance_to_reference"],
+             DISTANCE_BOUND * rows["teacher", num_steps, w]["distance_to_reference"]),
+            ("retrieval, off the reference's", abs(student[retrieval] - teacher[retrieval]), RETRIEVAL_MARGIN),
+        ):  # fmt: skip
+            name, _, rest = what.partition(":")
+            found.append((f"{name}, {num_steps} steps, w {w:g}:{rest}", value, bound, value <= bound))
+    return found
+
+
 def main():
     """Prints every claim with what was reached."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=pathlib.Path)
-    parser.add_argument("--bounds", choices=REFERENCE_BOUNDS, default="digits")
+    parser.add_argument("--bounds", choices=[*REFERENCE_BOUNDS, "emoji_text"], default="digits")
     args = parser.parse_args()
-    found = checks(json.loads((args.workdir / "summary.json").read_text()), args.bounds)
+    summary = json.loads((args.workdir / "summary.json").read_text())
+    found = caption_checks(summary) if args.bounds == "emoji_text" else checks(summary, args.bounds)
     for what, reached, bound, held in found:
         print(f"{'ok    ' if held else 'MISSED'}  {what:55s}  {reached:9.4f}  bound {bound:9.4f}")
     missed = sum(not held for *_, held in found)

@@ -57,3 +57,32 @@ def test_each_claim_can_be_missed(summary, says):
 
 def test_a_reference_that_ignores_its_label_is_found():
     assert "label agreement, reference, w 1" in missed(spoilt(32, 1.0, model="teacher", label_agreement=0.9))
+
+
+KID, RETRIEVAL = "kid_efficientnet_lite0", "retrieval_efficientnet_lite0"
+
+
+def captioned(**changes):
+    """A run on captions that holds every bound, but for what changes in its student at w = 2."""
+    student = {KID: 0.1009, f"{KID}_se": 2e-4, "distance_to_reference": 0.01, RETRIEVAL: 0.18}
+    rows = []
+    for w in (0.0, 2.0):
+        rows.append(row("teacher", "teacher", 16, w, **student | {KID: 0.1, "distance_to_reference": 0.0}))
+        rows.append(row("teacher", "teacher", 4, w, **student | {KID: 0.3, "distance_to_reference": 0.021}))
+        rows.append(row("student", "stage1", 4, w, **student | {KID: 9.0}))
+        rows.append(row("student", "stage2_det_0004", 4, w, **student | (changes if w else {})))
+    return {"rows": rows}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, []),
+        ({KID: 0.1013}, ["kid, 4 steps, w 2: reference + error + 1e-3"]),
+        ({"distance_to_reference": 0.0106}, ["distance, 4 steps, w 2: 0.5 x teacher 4x2"]),
+        ({RETRIEVAL: 0.22}, ["retrieval, off the reference's, 4 steps, w 2:"]),
+        ({RETRIEVAL: 0.14}, ["retrieval, off the reference's, 4 steps, w 2:"]),
+    ],
+)
+def test_each_claim_of_captions_can_be_missed(changes, says):
+    assert [what for what, _, _, held in claims.caption_checks(captioned(**changes)) if not held] == says
