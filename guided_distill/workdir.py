@@ -15,7 +15,7 @@ from guided_distill.differences import differing_keys
 from guided_distill.errors import Fault, UserError
 from guided_distill.experiment import Experiment, from_config
 from guided_distill.files import absolute, read_json, write_whole
-from guided_distill.interop import latent_folder, salimans_ho
+from guided_distill.interop import feature_weights, latent_folder, salimans_ho
 from guided_distill.latent_space import frozen_hash, open_space
 from guided_distill.stages import Stage, make_stages
 from guided_distill.teachers import initial_params, make_module, outside_teacher, shapes_of
@@ -244,6 +244,8 @@ def _check_evaluation(config):
         _read_lines(config.captions)
     if config.clip is not None and not (absolute(config.clip) / "config.json").exists():
         raise UserError(f"config.evaluate.clip: {config.clip} holds no config.json; name a CLIP model's folder")
+    for network in set(config.features) & feature_weights.SOURCES.keys():
+        feature_weights.load_weights(network)
 
 
 def _check_network(experiment):

@@ -3,6 +3,7 @@
 import numpy as np
 
 from guided_distill.evaluation import features, yardstick
+from guided_distill.interop import feature_weights
 
 
 def use(monkeypatch):
@@ -14,3 +15,4 @@ def use(monkeypatch):
 
     network = features.FeatureNetwork("efficientnet_lite0", {"p": np.zeros(1)}, apply, "0" * 64, "none", False)
     monkeypatch.setattr(yardstick, "load_feature_network", lambda name: network)
+    monkeypatch.setattr(feature_weights, "load_weights", lambda name: network.params)

@@ -22,6 +22,7 @@ from guided_distill.models.efficientnet_lite import EfficientNetLite0
 from guided_distill.models.inception import InceptionV3
 from guided_distill.stages import make_stages
 from guided_distill.teachers import flops_of_a_call
+from guided_distill.workdir import open_run
 
 RNG = np.random.default_rng(0)
 X = RNG.uniform(-1, 1, (37, 4, 4, 3)).astype(np.float32)
@@ -157,3 +158,10 @@ def test_efficientnet_measures_the_same_in_any_batches_and_on_any_devices():
         np.testing.assert_allclose(got, whole, rtol=1e-4, atol=1e-5 * scale)
         np.testing.assert_allclose(others, logits, rtol=1e-4, atol=1e-5 * np.abs(logits).max())
     assert np.abs(whole - whole[::-1]).max() > 1e-2 * scale
+
+
+def test_weights_that_are_missing_are_said_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="--mode=import --network=efficientnet_lite0"):
+        open_run(quick_config(**{"evaluate.features": ("efficientnet_lite0",)}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -61,8 +61,10 @@ class SelfAttention(nn.Module):
 
 
 def time_embedding(logsnr, dim):
-    angle = 1000.0 * jnp.arctan(jnp.exp(-0.5 * logsnr))[:, None] / (0.5 * jnp.pi)
-    angle = angle * jnp.exp(-jnp.log(10000.0) / (dim // 2 - 1) * jnp.arange(dim // 2))[None]
+    # In this order, and the frequencies by NumPy: where angles are a thousand, another rounding shows.
+    angle = 1000.0 * (jnp.arctan(jnp.exp(-0.5 * logsnr)) / (0.5 * jnp.pi))[:, None]
+    frequencies = np.exp(-np.log(np.float32(10000)) / np.float32(dim // 2 - 1) * np.arange(dim // 2, dtype=np.float32))
+    angle = angle * frequencies[None]
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
 
 
