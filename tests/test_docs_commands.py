@@ -1,18 +1,17 @@
-"""The commands of the tutorial, and those of README.md that are of the digits, are carried out, one after the other.
+"""The commands of README.md that are of the digits are carried out, one after the other; see test_docs_tutorial.py.
 
 Their configs are as shown, but for a network, numbers of updates and an evaluation that are done in seconds. What is
 left out are commands for which something is missing here: another data set, a GPU, a TPU's compiler, weights of
 ImageNet, PyTorch, or the time for a longer run.
 """
 
-import re
 import shlex
 
 import numpy as np
 import pytest
-from forked import run_main, run_script
+from forked import run_main
 from PIL import Image
-from test_docs import ENV, FENCE, REPO, commands, text_of, write_files
+from test_docs import ENV, REPO, commands, text_of, write_files
 
 pytestmark = pytest.mark.slow
 PROGRAMS = ["guided-distill"], ["python", "-m", "guided_distill.main"]
@@ -44,23 +43,6 @@ def carried_out(command, cwd):
     assert program, command
     done = run_main(command[len(program) :], env=ENV, cwd=cwd)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
-
-
-def test_the_tutorial_from_its_first_line_to_its_last(tmp_path):
-    text, count = text_of("docs/tutorial.md"), 0
-    write_files(text, tmp_path)
-    (tmp_path / "bars.py").rename(tmp_path / "shown.py")
-    (tmp_path / "bars.py").write_text(SMALLER.format(shown=str(tmp_path / "shown.py")))
-    for language, block in FENCE.findall(text):
-        if language == "bash":
-            for command in possible(commands(f"```bash\n{block}```\n")):
-                carried_out(command, tmp_path)
-                count += 1
-        elif language == "python" and not re.match(r"# \w+\.py\n", block):
-            (tmp_path / "block.py").write_text(block)
-            done = run_script(tmp_path / "block.py", env=ENV, cwd=tmp_path)
-            assert done.returncode == 0, f"{block}\n{done.stderr}"
-    assert count == 6 and (tmp_path / "bars.png").exists() and (tmp_path / "runs" / "bars" / "report.html").exists()
 
 
 def test_what_the_readme_does_with_the_digits(tmp_path):
