@@ -22,7 +22,7 @@ from guided_distill.teachers import make_module
 from guided_distill.workdir import open_run
 
 CONFIG = UNetConfig(
-    channels=32, emb_channels=16, multipliers=(1, 2), num_blocks=1, attention_resolutions=(4, 8), head_dim=16,
+    channels=32, emb_channels=16, multipliers=(1, 2), num_blocks=1, attention_resolutions=(4,), head_dim=16,
     dropout=0.0, num_classes=5, out_channels=6,
 )  # fmt: skip
 KEYS = jax.random.split(jax.random.key(0), 4)
@@ -123,7 +123,7 @@ def written(path, config, num_steps=0):
     return jax.jit(net.apply)({"params": params}, Z, LOGSNR, label)
 
 
-@pytest.mark.parametrize("changes", [{}, {"head_dim": None}, {"num_classes": 1}])
+@pytest.mark.parametrize("changes", [{}, {"head_dim": None, "num_classes": 1}])
 def test_the_network_is_theirs(tmp_path, changes):
     config = dataclasses.replace(CONFIG, **changes)
     expected = written(tmp_path / "checkpoint", config, num_steps=8)
@@ -174,7 +174,7 @@ def test_norms_of_older_versions_of_flax_are_read(tmp_path):
     new, _ = salimans_ho.read_checkpoint(path, CONFIG, shapes(CONFIG))
     state = flatten_dict(flax.serialization.msgpack_restore(path.read_bytes())["ema_params"])
     state = {key: value.reshape(1, 1, 1, -1) if "norm" in key[-2] else value for key, value in state.items()}
-    assert sum(value.shape[:3] == (1, 1, 1) for value in state.values()) > 20
+    assert sum(value.shape[:3] == (1, 1, 1) for value in state.values()) >= 20
     path.write_bytes(flax.serialization.msgpack_serialize({"ema_params": unflatten_dict(state)}))
     old, _ = salimans_ho.read_checkpoint(path, CONFIG, shapes(CONFIG))
     assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape and (a == b).all(), new, old))
@@ -184,7 +184,7 @@ def test_other_heads_other_files_and_students_are_refused(tmp_path):
     path = tmp_path / "checkpoint"
     written(path, CONFIG)
     other = dataclasses.replace(CONFIG, head_dim=32)
-    with pytest.raises(UserError, match="of another shape: .*down_0.attn_0/k/bias"):
+    with pytest.raises(UserError, match="of another shape: .*down_1.attn_0/k/bias"):
         salimans_ho.read_checkpoint(path, other, shapes(other))
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match="is no checkpoint of diffusion_distillation"):
