@@ -236,7 +236,8 @@ def _unreadable(directory):
             return "a file of state/ is missing"
     except Exception as error:  # TensorStore raises ValueErrors of all kinds
         damaged = isinstance(error, json.JSONDecodeError | UnicodeDecodeError | FileNotFoundError | NotADirectoryError)
-        if damaged or str(error).startswith(("DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND")):
+        said = str(error)
+        if damaged or said.startswith(("DATA_LOSS", "OUT_OF_RANGE", "NOT_FOUND")) or "Error decoding" in said:
             return _reason(error)
         raise Fault(f"{directory} cannot be read now ({_reason(error)}); the same command goes on from it") from error
     return None

@@ -1,6 +1,7 @@
 """How programs are compiled where XLA's defaults are slow, and kept so that a second start compiles none of them."""
 
 import functools
+import os
 
 import jax
 
@@ -15,8 +16,9 @@ def keep_programs():
     """Keeps compiled programs on disk: where JAX_COMPILATION_CACHE_DIR says, or in the user's cache directory."""
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "programs"))
-        # A run on the CPU has many small ones.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            # A run on the CPU has many small ones.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @functools.cache

@@ -319,7 +319,7 @@ def _check_salimans_ho(config, name, path):
     if experiment.schedule != diffusion.Cosine() or experiment.model.norm_groups != 32:
         raise UserError(f"{key}: what trained {path} knows the cosine schedule with log-SNR in [-20, 20] alone "
                         "(config.schedule), and norms of 32 groups (config.model.norm_groups)")  # fmt: skip
-    if experiment.stage1.w_max > 0 and not experiment.to_v.updates:
+    if experiment.stage1.w_max > 0:
         raise UserError(f"{key}: {path} was trained without label dropout, so that there is nothing to be guided with: "
                         "set config.stage1.w_max=0")  # fmt: skip
     num_steps, first = _read_salimans_ho(experiment, path)[1], experiment.stage2.teacher_steps

@@ -134,6 +134,16 @@ def test_one_without_checksums_is_read_before_it_is_used(tmp_path, caplog, name,
     assert same(restore(tmp_path)[0], state_at(1)) and "checkpoints/2 cannot be read" in caplog.text
 
 
+def test_a_flipped_bit_of_the_manifest_is_damage_without_checksums_too(tmp_path):
+    write(tmp_path, [1, 2])
+    (tmp_path / "checksums" / "2.json").unlink()
+    manifest = tmp_path / "checkpoints" / "2" / "state" / "manifest.ocdbt"
+    content = bytearray(manifest.read_bytes())
+    content[30] ^= 1
+    manifest.write_bytes(content)
+    assert same(restore(tmp_path)[0], state_at(1))
+
+
 def test_one_without_checksums_may_lie_anywhere(tmp_path):
     stage_dir = tmp_path / "a#b%41?c d"
     write(stage_dir, [1, 2])

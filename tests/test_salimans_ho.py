@@ -215,8 +215,11 @@ def test_one_is_the_teacher_of_a_run(tmp_path):
         ({"teacher.checkpoint": str(tmp_path / "student")}, "is a student of 8 steps"),
         ({"stage1.w_max": 1.0}, "config.stage1.w_max=0"),
         ({"model.norm_groups": 16}, "norms of 32 groups"),
+        ({"schedule.name": "rectified_flow"}, "the cosine schedule"),
     ):
         config = tiny_config(**{**network, "teacher.checkpoint": path, **changes})
         with pytest.raises(UserError, match=says):
             open_run(config, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+    config = tiny_config(**{**network, "teacher.checkpoint": str(tmp_path / "student"), "stage2.teacher_steps": 8})
+    assert open_run(config, tmp_path / "student_run").experiment.stage2.teacher_steps == 8

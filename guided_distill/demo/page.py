@@ -29,10 +29,13 @@ _ABOUT = """# {title}
 # drawing; what was asked for then never comes, and the page waits. The next question opens the stream: this asks one.
 # Who is seen waiting in the queue is being answered.
 _AWAIT_ANSWER = """() => {
+  const later = () => {
+    const waits = /queue: [0-9]/.test(document.querySelector('#status').innerText);
+    if (waits) window.askAgain = setTimeout(later, 3000);
+    else document.querySelector('#ask_again').click();
+  };
   clearTimeout(window.askAgain);
-  window.askAgain = setTimeout(() => {
-    if (!/queue: [0-9]/.test(document.querySelector('#status').innerText)) document.querySelector('#ask_again').click();
-  }, 3000);
+  window.askAgain = setTimeout(later, 3000);
 }"""
 _QUEUE = f"One is drawn at a time; whoever else asks waits in a queue of at most {WAITING}, and sees the place here."
 
