@@ -2,14 +2,13 @@
 
 python -m benchmarks.train_step             both, of small networks on the CPU
 python -m benchmarks.train_step --flops     operations only, which needs no PyTorch
-python -m benchmarks.train_step --config=imagenet64 --stage=stage2_det_0512 --batch=32
-    a stage of a shipped config on the devices at hand: time to compile, memory, time of a step, TFLOP/s, MFU
+
+A stage of a shipped config, on whatever devices there are: benchmarks/config_step.py.
 """
 
 import argparse
 import dataclasses
 import functools
-import importlib
 import os
 import statistics
 import time
@@ -21,13 +20,11 @@ import numpy as np
 
 from configs import digits
 from guided_distill import diffusion, optim, sharding, train
-from guided_distill.chips import peak_flops
 from guided_distill.experiment import from_config
 from guided_distill.stages import make_knobs, make_stages
 from guided_distill.state import make_state
-from guided_distill.teachers import flops_of_a_call, initial_params, make_model
+from guided_distill.teachers import initial_params, make_model
 
-_WARM, _TIMED = 2, 10  # steps of a stage of a config
 _ROUNDS, _STEPS = 7, 2  # turns of each side, and timed steps of a turn
 _MOST_TIME, _MOST_FLOPS = 1.5, 1.05  # times PyTorch's time, times the sum of the parts
 
@@ -245,53 +242,10 @@ def print_flops():
         )
 
 
-def print_step(name, stage_name, batch_size):
-    """One stage of configs/<name>.py with random weights on random images, on all devices."""
-    config = importlib.import_module(f"configs.{name}").get_config()
-    for group in ("teacher", "stage1", "stage2"):
-        config[group].batch_size = batch_size or config[group].batch_size
-    experiment = from_config(config.to_dict())
-    stages = {stage.name: stage for stage in make_stages(experiment)}
-    stage, parent = stages[stage_name], stages.get(stages[stage_name].parent)
-    params, theirs = (
-        None if one is None else random_params(experiment, w_conditioned=one.model.w_conditioned)
-        for one in (stage, parent)
-    )
-    step_fn, arguments = make_step_arguments(experiment, stage, params, theirs)
-    began = time.perf_counter()
-    compiled = step_fn.lower(*arguments).compile()
-    print(f"{name}, {stage.name}, batch {stage.training.batch_size}, {experiment.model.dtype}", flush=True)
-    print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
-    memory, state, rest = compiled.memory_analysis(), arguments[0], arguments[1:]
-    for what in ("argument", "temp", "output", "alias"):
-        print(f"{what}: {getattr(memory, f'{what}_size_in_bytes') / 2**20:,.0f} MiB of a device", flush=True)
-    seconds = []
-    for _ in range(_WARM + _TIMED):
-        start = time.perf_counter()
-        state, metrics = compiled(state, *rest)
-        jax.block_until_ready(metrics)
-        seconds.append(time.perf_counter() - start)
-    step = statistics.median(seconds[_WARM:])
-    device = jax.devices()[0]
-    flops = stage.work_per_update * flops_of_a_call(stage.model, stage.init) / jax.device_count()
-    peak = peak_flops(device, experiment.model.dtype)
-    share = "not known" if peak is None else f"{flops / step / peak:.1%} of {peak / 1e12:.0f} TFLOP/s"
-    print(f"{jax.device_count()} x {device.device_kind}: {1e3 * step:.1f} ms a step, {flops / step / 1e12:.3g} TFLOP/s")
-    print(f"MFU: {share}; {stage.training.batch_size / step:.1f} images/s", flush=True)
-    most = (device.memory_stats() or {}).get("peak_bytes_in_use")
-    print(f"most memory in use: {'not known' if most is None else f'{most / 2**20:,.0f} MiB'}", flush=True)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flops", action="store_true", help="only count operations")
-    parser.add_argument("--config", help="the stem of a file in configs/")
-    parser.add_argument("--stage", default="stage1")
-    parser.add_argument("--batch", type=int, help="in place of the config's own")
     arguments = parser.parse_args()
-    if arguments.config:
-        print_step(arguments.config, arguments.stage, arguments.batch)
-        return
     if not arguments.flops:
         print_times()
     print_flops()

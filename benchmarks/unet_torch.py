@@ -22,10 +22,13 @@ def load_flax(model, params):
 
 
 class TrainStep:
-    """An update as it is written without a framework: loss, clipping, Adam, moving average where `decay` is not 0."""
+    """An update as it is written without a framework: loss, clipping, Adam, moving average where `decay` is not 0.
 
-    def __init__(self, model, *, learning_rate, decay):
-        self.model, self.decay = model, decay
+    With `bfloat16` networks compute in it where PyTorch's autocast lets them; weights stay float32.
+    """
+
+    def __init__(self, model, *, learning_rate, decay, bfloat16=False):
+        self.model, self.decay, self.bfloat16 = model, decay, bfloat16
         self.params = list(model.parameters())
         self.ema = [p.detach().clone() for p in self.params] if decay else None
         self.optimiser = torch.optim.Adam(self.params, lr=learning_rate, foreach=True)
@@ -36,7 +39,8 @@ class TrainStep:
         raise NotImplementedError
 
     def __call__(self, x, label):
-        loss = self.loss(x, label)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+            loss = self.loss(x, label)
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.params, 1.0, foreach=True)
@@ -73,9 +77,9 @@ class DenoisingStep(TrainStep):
 
     def loss(self, x, label):
         b = x.shape[0]
-        alpha, sigma, logsnr = levels(torch.rand(b))
+        alpha, sigma, logsnr = levels(torch.rand(b, device=x.device))
         eps = torch.randn_like(x)
-        label = torch.where(torch.rand(b) < self.cond_dropout, self.num_classes, label)
+        label = torch.where(torch.rand(b, device=x.device) < self.cond_dropout, self.num_classes, label)
         v = self.model(alpha * x + sigma * eps, logsnr, label)
         return weighted((v - (alpha * eps - sigma * x)).square().mean((1, 2, 3)), alpha, sigma)
 
@@ -89,8 +93,8 @@ class GuidedStep(TrainStep):
 
     def loss(self, x, label):
         b = x.shape[0]
-        alpha, sigma, logsnr = levels(torch.rand(b))
-        w = self.w_max * torch.rand(b)
+        alpha, sigma, logsnr = levels(torch.rand(b, device=x.device))
+        w = self.w_max * torch.rand(b, device=x.device)
         z = alpha * x + sigma * torch.randn_like(x)
         with torch.no_grad():
             labels = torch.cat([label, torch.full_like(label, self.num_classes)])
@@ -112,9 +116,9 @@ class HalvingStep(TrainStep):
 
     def loss(self, x, label):
         b, n = x.shape[0], self.num_steps
-        i = torch.randint(1, n + 1, (b,))
+        i = torch.randint(1, n + 1, (b,), device=x.device)
         (alpha, sigma, logsnr), middle, (alpha_s, sigma_s, _) = (levels((i - part) / n) for part in (0.0, 0.5, 1.0))
-        w = self.w_max * torch.rand(b)
+        w = self.w_max * torch.rand(b, device=x.device)
         z = alpha * x + sigma * torch.randn_like(x)
         with torch.no_grad():
             z_m, _ = self._ddim(z, label, w, (alpha, sigma, logsnr), middle)

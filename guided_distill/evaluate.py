@@ -1,5 +1,7 @@
 """The surface of quality over (model, steps, w): rows of summary.json, a table, a picture."""
 
+import collections
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -16,7 +18,7 @@ from rich.table import Table
 
 from guided_distill import distributed, pictures
 from guided_distill.data import read_tokens
-from guided_distill.errors import UserError
+from guided_distill.errors import Stopped, UserError
 from guided_distill.evaluation import captions, pixels
 from guided_distill.evaluation.clip_scores import make_scorer
 from guided_distill.evaluation.features import OPERATIONS
@@ -41,7 +43,7 @@ def evaluate(run, progress):
     """Measures every model of a finished run; returns the summary, which is also written with a table and a picture.
 
     Rows that are there already, of the same weights and settings, are kept: an interrupted evaluation loses the row it
-    was at, and further w or num_steps add rows.
+    was at (killed, that before it too), and further w or num_steps add rows.
     """
     entries = make_entries(run.experiment, run.stages)
     keys = [entry.key(w) for entry in entries for w in entry.strengths(run.experiment.evaluate)]
@@ -121,22 +123,40 @@ def _measured(run, entries, rows, yardsticks, progress):
     found_again, clip = _make_retrieval(run, yardsticks), _make_clip(run, progress)
     reference = next(entry for entry in entries if entry.reference)
     seeing = seeing_work(run.experiment, run.stages)
-    for entry in entries:
-        for w in entry.strengths(config):
-            row = rows.get(entry.key(w))
-            if row is not None:
-                progress.skip(config.num_samples * (entry.calls + seeing))
-            else:
-                if loaded[0] is not entry.stage:
-                    loaded = (entry.stage, run.params_of(entry.stage))
-                if (entry.stage.model, entry.sampler) not in warm:
-                    list(_drawn(run, entry, loaded[1], config.w[0], num=1, num_steps=1))  # compiles
-                    warm.add((entry.stage.model, entry.sampler))
-                    progress.begin()
-                asked = _reference_images(run, reference, w) if entry.keeps_the_map and entry != reference else None
-                advance = functools.partial(_advance, progress, entry, w, entry.calls + seeing)
-                row = _measure_row(run, entry, loaded[1], w, yardsticks, asked, found_again, clip, advance)
-            yield entry, w, row
+    # A device goes on drawing while the cores measure; where these draw too, it would take their time, which is told.
+    ahead = int(run.mesh.devices.flat[0].platform != "cpu")
+    with concurrent.futures.ThreadPoolExecutor(1) as measuring:
+        measured = collections.deque()
+        for entry in entries:
+            for w in entry.strengths(config):
+                row = rows.get(entry.key(w))
+                if row is not None:
+                    progress.skip(config.num_samples * (entry.calls + seeing))
+                    measured.append((entry, w, lambda row=row: row))
+                else:
+                    if loaded[0] is not entry.stage:
+                        loaded = (entry.stage, run.params_of(entry.stage))
+                    if (entry.stage.model, entry.sampler) not in warm:
+                        list(_drawn(run, entry, loaded[1], config.w[0], num=1, num_steps=1))  # compiles
+                        warm.add((entry.stage.model, entry.sampler))
+                        progress.begin()
+                    asked = _reference_images(run, reference, w) if entry.keeps_the_map and entry != reference else None
+                    advance = functools.partial(_advance, progress, entry, w, entry.calls + seeing)
+                    try:
+                        measure = _draw_row(run, entry, loaded[1], w, yardsticks, asked, found_again, clip, advance)
+                    except Stopped:
+                        yield from _results(measured, 0)
+                        raise
+                    measured.append((entry, w, measuring.submit(measure).result))
+                yield from _results(measured, ahead)
+        yield from _results(measured, 0)
+
+
+def _results(measured, left):
+    """Yields (entry, w, row) of a queue of (entry, w, what gives its row) until so many are left."""
+    while len(measured) > left:
+        entry, w, result = measured.popleft()
+        yield entry, w, result()
 
 
 def _drawn(run, entry, params, w, *, num, num_steps):
@@ -180,8 +200,8 @@ def _advance(progress, entry, w, work, num):
     progress.advance(num * work, f"evaluating {entry.label}", f"w {w:g}")
 
 
-def _measure_row(run, entry, params, w, yardsticks, asked, found_again, clip, advance):
-    """Draws the samples of one row, measures them, keeps what the pictures show; returns the row."""
+def _draw_row(run, entry, params, w, yardsticks, asked, found_again, clip, advance):
+    """Draws the samples of one row and keeps what the pictures show; returns what measures them, () -> the row."""
     config, bound, compared = run.experiment.evaluate, run.pictures[0].data_range, _compared(run)
     kept, seconds, distances, clip_scores = [], [], [], []
     parts = [[] for _ in yardsticks]
@@ -201,13 +221,17 @@ def _measure_row(run, entry, params, w, yardsticks, asked, found_again, clip, ad
         _keep_images(run, _directory(run) / f"{entry.file(w)}.images.npy", kept)
         distances = [np.zeros(len(kept))]
     _keep_pictures(run, entry, w, kept[: _num_shown(run)])
-    measured = measure_by(yardsticks, parts, config.seed, f"{entry.label}, w {w:g}")
-    measured["metrics"] |= found_again(parts)
-    if len(scores := np.concatenate(clip_scores)):
-        measured["metrics"]["clip_score"] = float(scores.mean())
-    if distances:
-        measured["metrics"]["distance_to_reference"] = float(np.concatenate(distances).mean())
-    return _row(run, entry, w, float(np.mean(seconds)), measured, yardsticks)
+
+    def measure():
+        measured = measure_by(yardsticks, parts, config.seed, f"{entry.label}, w {w:g}")
+        measured["metrics"] |= found_again(parts)
+        if len(scores := np.concatenate(clip_scores)):
+            measured["metrics"]["clip_score"] = float(scores.mean())
+        if distances:
+            measured["metrics"]["distance_to_reference"] = float(np.concatenate(distances).mean())
+        return _row(run, entry, w, float(np.mean(seconds)), measured, yardsticks)
+
+    return measure
 
 
 def _make_retrieval(run, yardsticks):
