@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from guided_distill import compilation, guidance, metrics, optim, preemption, sharding
 from guided_distill.errors import Fault, Stopped, UserError
@@ -88,8 +87,7 @@ def make_train_step(objective, student, teacher, optimiser, mesh, accumulate=1):
         else:
             (loss, named), grads = _mean_of_parts(gradient, sharding.parts_of_batch(mesh, examples, accumulate))
         state, optimisation = optim.apply_gradients(optimiser, state, grads, knobs.peak_lr, knobs.updates)
-        values = {"loss": loss, **named, **optimisation, "param_norm": optax.tree.norm(state.params)}
-        return sharding.split(mesh, state), values
+        return sharding.split(mesh, state), {"loss": loss, **named, **optimisation}
 
     whole = sharding.replicated(mesh)
     options = compilation.compiler_options(mesh)
