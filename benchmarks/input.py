@@ -2,7 +2,7 @@
 
     python -m benchmarks.input --config=digits [--seconds=5] [--data_dir=DIR]
 
-Compare with the images/s that training logs, or with benchmarks.train_step --config.
+Compare with the images/s that training logs, or with benchmarks.config_step.
 """
 
 import argparse

@@ -33,6 +33,8 @@ CHIPS = {
     "v6e": Chip(32 * 2**30, 918e12, 918e12, 1638 * _GB, 400 * _GB),
     # NVIDIA H100 and A100 data sheets: SXM, 80 GB, without sparsity; NVLink.
     "h100": Chip(80 * _GB, 989e12, 495e12, 3350 * _GB, 450 * _GB),
+    # NVIDIA H200 data sheet: the same processor with more and faster memory.
+    "h200": Chip(141 * _GB, 989e12, 495e12, 4800 * _GB, 450 * _GB),
     "a100": Chip(80 * _GB, 312e12, 156e12, 2039 * _GB, 300 * _GB),
     # No data sheet: two cores at what the convolutions of models/conv.py reach.
     "cpu": Chip(8 * 2**30, 100e9, 100e9, 20 * _GB, 5 * _GB),
