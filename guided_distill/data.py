@@ -6,7 +6,6 @@ block of B/P records, so that neither the order nor the random flips depend on t
 
 import concurrent.futures
 import dataclasses
-import functools
 import io
 import os
 from typing import Any
@@ -181,9 +180,7 @@ def _load_folder(config):
         )
     folder = config.name.removeprefix(pairs.PREFIX)
     captioned = bool(config.text_length)
-    source = RecordSource(
-        pairs.open_pairs(folder, config.image_size, config.channels, captioned=captioned), config
-    )
+    source = RecordSource(pairs.open_pairs(folder, config.image_size, config.channels, captioned=captioned), config)
     if len(source) * np.prod(config.sample_shape) < _IN_MEMORY_BYTES:
         source = _decode_all(source)
     return held_out(source, config.holdout)
@@ -213,12 +210,19 @@ def make_batches(source, *, batch_size: int, seed: int, flip: bool, process_inde
     """
     if batch_size % process_count:
         raise UserError(f"batch_size: {batch_size} does not divide over {process_count} processes")
-    # Elements are (index, flip, seed) until the batch is known, so that a batch is one read and one stack.
     order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    drawn = flip or getattr(source, "posterior", False)
-    order = order.random_map(functools.partial(_draw, flip)) if drawn else order.map(lambda i: (i, False, 0))
-    blocks = order.batch(batch_size // process_count)[process_index::process_count]
-    batches = blocks.map(lambda block: _read(source, *block))
+    size = batch_size // process_count
+    blocks = order.batch(size)[process_index::process_count]
+    draws = flip or getattr(source, "posterior", False)
+
+    def read(k, indices):
+        if not draws:
+            return _read(source, indices, np.zeros(size, bool), np.zeros(size, np.int64))
+        place = (k * process_count + process_index) * size + np.arange(size)
+        bits = _random_bits(seed, place)
+        return _read(source, indices, (bits & 1).astype(bool) & flip, (bits >> 2).astype(np.int64))
+
+    batches = blocks.map_with_index(read)
     # Threads only where there is something to wait for: over an array in memory they contend for the interpreter lock.
     threads = 0 if isinstance(source, ArraySource) else min(16, os.cpu_count() or 1)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
@@ -251,27 +255,46 @@ def read_range(source, start: int, stop: int) -> dict:
     return read_records(source, range(start, stop))
 
 
-def _draw(flip: bool, i: int, rng: np.random.Generator) -> tuple[int, bool, int]:
-    # grain keys rng by the element's place in the infinite order, hence the same draws on any number of hosts.
-    return i, bool(rng.random() < 0.5) and flip, int(rng.integers(2**62))
+def _random_bits(seed: int, place: np.ndarray) -> np.ndarray:
+    """u64 [b] for places in the infinite order, hence the same draws on any number of hosts.
+
+    All at once: SplitMix64 (Steele et al., OOPSLA 2014) at those places of its sequence. A generator for each example
+    took as long as the rest of a batch.
+    """
+    start = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+    bits = start + np.uint64(0x9E3779B97F4A7C15) * (place.astype(np.uint64) + np.uint64(1))
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
 
 
 def _read(source, indices: np.ndarray, flip: np.ndarray, seeds: np.ndarray | None) -> dict:
     """The batch of the records `indices`; those with `flip` mirrored left to right, latents drawn by `seeds`."""
     if isinstance(source, latents.LatentSource):
         return source.read(indices, flip, seeds)
-    records = _records(source, indices)
-    images = np.stack([record["image"] for record in records])
+    images, labels, tokens = _columns(source, indices)
     if flip.any():
         images[flip] = images[flip, :, ::-1]
     x = images.astype(np.float32, copy=False)
     if images.dtype == np.uint8:
         x /= 127.5
         x -= 1.0
-    batch = {"x": x, "label": np.array([record["label"] for record in records], np.int32)}
-    if "tokens" in records[0]:
-        batch["tokens"] = np.stack([record["tokens"] for record in records])
+    batch = {"x": x, "label": labels}
+    if tokens is not None:
+        batch["tokens"] = tokens
     return batch
+
+
+def _columns(source, indices):
+    """(images [b, ...], labels i32 [b], tokens i32 [b, L] or None) of some records; copies."""
+    if isinstance(source, ArraySource):
+        rows = np.asarray(indices)
+        tokens = None if source.tokens is None else source.tokens[rows]
+        return source.images[rows], source.labels[rows].astype(np.int32), tokens
+    records = _records(source, indices)
+    labels = np.array([record["label"] for record in records], np.int32)
+    tokens = np.stack([record["tokens"] for record in records]) if "tokens" in records[0] else None
+    return np.stack([record["image"] for record in records]), labels, tokens
 
 
 def _records(source, indices) -> list[dict]:
