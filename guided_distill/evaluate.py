@@ -123,8 +123,7 @@ def _measured(run, entries, rows, yardsticks, progress):
     found_again, clip = _make_retrieval(run, yardsticks), _make_clip(run, progress)
     reference = next(entry for entry in entries if entry.reference)
     seeing = seeing_work(run.experiment, run.stages)
-    # A device goes on drawing while the cores measure; where these draw too, it would take their time, which is told.
-    ahead = int(run.mesh.devices.flat[0].platform != "cpu")
+    ahead = _rows_ahead(run.mesh)
     with concurrent.futures.ThreadPoolExecutor(1) as measuring:
         measured = collections.deque()
         for entry in entries:
@@ -150,6 +149,14 @@ def _measured(run, entries, rows, yardsticks, progress):
                     measured.append((entry, w, measuring.submit(measure).result))
                 yield from _results(measured, ahead)
         yield from _results(measured, 0)
+
+
+def _rows_ahead(mesh):
+    """How many rows are measured behind the one that is drawn: a device goes on drawing while the cores measure.
+
+    None where the cores draw, since it would take their time, which is told.
+    """
+    return int(mesh.devices.flat[0].platform != "cpu")
 
 
 def _results(measured, left):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from PIL import Image
 from tiny import quick_config
 
 from guided_distill import evaluate, measure_files, pipeline, sample
-from guided_distill.errors import UserError
+from guided_distill.errors import Stopped, UserError
 from guided_distill.evaluation import reference as references
 
 FEW = {"evaluate.num_steps": (1,), "evaluate.w": (0.0, 4.0)}
@@ -73,6 +75,37 @@ def test_a_killed_evaluation_loses_the_row_it_was_at(run_of, drawn, monkeypatch)
     for row, expected in zip(read_rows(run_of), whole, strict=True):
         assert row["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)
     assert read_rows(run_of)[:3] == kept
+
+
+def test_a_row_is_measured_while_the_next_is_drawn_and_is_kept_when_that_is_stopped(run_of, drawn, monkeypatch):
+    whole = read_rows(run_of)
+    evaluate.forget(run_of)
+    monkeypatch.setattr(evaluate, "_rows_ahead", lambda mesh: 1)
+    measure_by, begun = evaluate.measure_by, []
+
+    def slow(*args):
+        time.sleep(0.5)  # longer than a row takes to draw
+        begun.append((len(drawn), threading.current_thread()))
+        return measure_by(*args)
+
+    monkeypatch.setattr(evaluate, "measure_by", slow)
+    advance = evaluate._advance
+
+    def stopped(*args):
+        advance(*args)
+        if len(drawn) == 4:
+            raise Stopped
+
+    monkeypatch.setattr(evaluate, "_advance", stopped)
+    with pytest.raises(Stopped):
+        pipeline.evaluate_run(config(), run_of)
+    assert len(read_rows(run_of)) == 3
+    assert begun[0][0] == 2 and begun[0][1] is not threading.main_thread()
+    monkeypatch.setattr(evaluate, "_advance", advance)
+    pipeline.evaluate_run(config(), run_of)
+    for row, expected in zip(read_rows(run_of), whole, strict=True):
+        assert row["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)
+        assert {**row, "metrics": 0, "seconds_per_image": 0} == {**expected, "metrics": 0, "seconds_per_image": 0}
 
 
 def test_further_rows_are_drawn_and_no_others(run_of, drawn):
