@@ -1,11 +1,13 @@
 """One stage of a shipped config on the devices at hand: compilation, memory, time, MFU; and the same step in PyTorch.
 
     python -m benchmarks.config_step --config=imagenet64 --stage=stage2_det_0512 --batch=128 --set model.remat=False
-    ... --peer           PyTorch too, in a process of its own after ours, on the same device
+    ... --peer           PyTorch too, in a process of its own after ours, on one device of the same kind
     ... --trace=DIR      a trace of three updates for XProf, and what takes longest in it
-    ... --updates=0      compiles, and says what memory that takes
+    ... --updates=0      compiles alone, and says how long that takes, with no program kept from before, and what memory
 
-Weights and images are random: time does not depend on them.
+Of pictures with labels. Weights and images are random: time does not depend on them. PyTorch's step is that of
+benchmarks/unet_torch.py: it always clips x_hat, and knows no weight decay, accumulation or rematerialisation. That the
+networks are the same is tested in tests/parity.
 """
 
 import argparse
@@ -23,18 +25,35 @@ _WARM, _TRACED, _SHOWN = 3, 3, 15
 
 
 def load(name, stage_name, batch_size, changes):
-    """(experiment, stage, the stage that teaches it or None) of configs/<name>.py with some values exchanged."""
+    """(experiment, stage, the stage that teaches it or None) of configs/<name>.py with some values exchanged.
+
+    `name` may end in what the config takes, as in cifar10_small:cores. Raises UserError.
+    """
+    from guided_distill.errors import UserError
     from guided_distill.experiment import from_config
+    from guided_distill.models.unet import UNetConfig
     from guided_distill.stages import make_stages
 
-    config = importlib.import_module(f"configs.{name}").get_config()
+    stem, _, argument = name.partition(":")
+    try:
+        module = importlib.import_module(f"configs.{stem}")
+    except ModuleNotFoundError as error:
+        raise UserError(f"--config={name}: there is no configs/{stem}.py") from error
+    config = module.get_config(*filter(None, [argument]))
     for group in ("teacher", "stage1", "stage2"):
         config[group].batch_size = batch_size or config[group].batch_size
     config.update_from_flattened_dict(changes)
     experiment = from_config(config.to_dict())
     stages = {stage.name: stage for stage in make_stages(experiment)}
-    stage = stages[stage_name]
-    return experiment, stage, stages.get(stage.parent)
+    if stage_name not in stages:
+        raise UserError(f"--stage={stage_name} is not one of {', '.join(stages)}")
+    if (
+        len(experiment.data.sample_shape) != 3
+        or experiment.data.text_length
+        or not isinstance(experiment.model, UNetConfig)
+    ):
+        raise UserError(f"--config={name}: only U-Nets of pictures with labels are timed here")
+    return experiment, stages[stage_name], stages.get(stages[stage_name].parent)
 
 
 def ours(experiment, stage, parent, updates, trace):
@@ -42,17 +61,21 @@ def ours(experiment, stage, parent, updates, trace):
     import jax
 
     from benchmarks.train_step import make_step_arguments
-    from guided_distill import compilation
+    from guided_distill import compilation, sharding
     from guided_distill.chips import peak_flops
     from guided_distill.teachers import flops_of_a_call
 
-    compilation.keep_programs()
+    if updates:
+        compilation.keep_programs()
+    mesh = sharding.make_mesh(fsdp=experiment.mesh.fsdp)
+    sharding.check_batch(mesh, "--batch", stage.training.batch_size, stage.training.accumulate)
     params, theirs = (None if one is None else _random_params(experiment, one.model) for one in (stage, parent))
-    step_fn, arguments = make_step_arguments(experiment, stage, params, theirs)
+    step_fn, arguments = make_step_arguments(experiment, stage, params, theirs, mesh)
     del params, theirs
     began = time.perf_counter()
     compiled = step_fn.lower(*arguments).compile()
-    print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
+    how = "compiled, or found where programs are kept," if updates else "compiled"
+    print(f"{how} in {time.perf_counter() - began:.1f} s", flush=True)
     memory, state, rest = compiled.memory_analysis(), arguments[0], arguments[1:]
     del arguments
     for what in ("argument", "temp", "output", "alias"):
@@ -95,26 +118,25 @@ def _random_params(experiment, model):
 
 
 def print_costs(directory):
-    """What takes longest of a trace: kernels of the devices by name, and all of them by kind."""
+    """What takes longest of a trace on the first GPU: kernels by name, and all of them by kind."""
     from jax.profiler import ProfileData
 
     path = max(glob.glob(f"{directory}/**/*.xplane.pb", recursive=True))  # the newest: its folder is named by the time
     kernels, kinds = collections.Counter(), collections.Counter()
     for plane in ProfileData.from_file(path).planes:
-        if not plane.name.startswith("/device:"):
+        if plane.name != "/device:GPU:0":
             continue
         for line in plane.lines:
             if not line.name.startswith("Stream"):
                 continue
             for event in line.events:
-                found = dict(event.stats)
-                kernels[event.name, str(found.get("hlo_op", ""))] += event.duration_ns
-                kinds[_kind(event.name, str(found.get("tf_op", found.get("name", ""))))] += event.duration_ns
+                kernels[event.name, str(dict(event.stats).get("hlo_op", ""))] += event.duration_ns
+                kinds[kind_of(event.name)] += event.duration_ns
     total = sum(kinds.values())
     if not total:
-        print("the trace names no kernels of this device", flush=True)
+        print("the trace holds no kernels of a GPU: look at it with XProf", flush=True)
         return
-    print(f"device busy {total / 1e6 / _TRACED:.1f} ms an update; by kind:")
+    print(f"kernels take {total / 1e6 / _TRACED:.1f} ms an update; by kind:")
     for kind, took in kinds.most_common():
         print(f"  {took / total:6.1%}  {took / 1e6 / _TRACED:8.2f} ms  {kind}")
     print("by kernel:")
@@ -122,20 +144,22 @@ def print_costs(directory):
         print(f"  {took / total:6.1%}  {took / 1e6 / _TRACED:8.2f} ms  {kernel[:90]}  {operation[:40]}", flush=True)
 
 
-def _kind(kernel, source):
-    """Of what kind a kernel is, by its name and the operation of ours it comes from."""
-    kernel, source = kernel.lower(), source.lower()
-    if "fmha" in kernel or "flash" in kernel or ("sdpa" in kernel):
-        return "attention (cuDNN)"
-    if any(word in kernel for word in ("conv", "xmma_fprop", "xmma_dgrad", "xmma_wgrad", "fprop", "dgrad", "wgrad")):
+def kind_of(kernel):
+    """Of what kind a kernel is, by the names that cuDNN, cuBLAS and XLA give theirs."""
+    name = kernel.lower().replace("convert", "")
+
+    def has(*words):
+        return any(word in name for word in words)
+
+    if has("fmha", "flash", "sdpa"):
+        return "attention by cuDNN"
+    if has("conv", "fprop", "dgrad", "wgrad"):
         return "convolutions"
-    if "convert" not in kernel and any(word in kernel for word in ("gemm", "cublas", "cutlass", "nvjet")):
+    if has("gemm", "cublas", "cutlass", "nvjet"):
         return "matrix products"
-    if "memcpy" in kernel or "memset" in kernel:
-        return "copies"
-    if "transpose" in kernel:
-        return "transposes"
-    return "reductions and fused elementwise" if "fusion" in kernel or "loop" in kernel else "other"
+    if has("memcpy", "memset", "nchwtonhwc", "nhwctonchw", "transpose"):
+        return "copies and transposes"
+    return "XLA's fusions" if has("fusion", "wrapped", "loop", "reduce", "triton") else "other"
 
 
 def theirs(experiment, stage, parent, updates):
@@ -146,6 +170,7 @@ def theirs(experiment, stage, parent, updates):
     from benchmarks.train_step import random_batch, torch_batch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"PyTorch {torch.__version__} on {torch.cuda.get_device_name() if device == 'cuda' else 'the CPU'}")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
 
@@ -157,9 +182,7 @@ def theirs(experiment, stage, parent, updates):
             out_channels=channels,
             w_conditioned=model.w_conditioned,
         )
-        made = unet_torch.make_unet(config, side, channels).to(device, memory_format=torch.channels_last)
-        print(f"PyTorch {torch.__version__}: {sum(p.numel() for p in made.parameters()):,} parameters", flush=True)
-        return made
+        return unet_torch.make_unet(config, side, channels).to(device, memory_format=torch.channels_last)
 
     training, num_classes = stage.training, experiment.data.num_classes
     options = {
@@ -172,12 +195,12 @@ def theirs(experiment, stage, parent, updates):
     def make_step(wrap):
         model = wrap(network(stage.model))
         if stage.teacher is None:
-            options["cond_dropout"] = experiment.teacher.cond_dropout
-            return unet_torch.DenoisingStep(model, num_classes=num_classes, **options)
-        options["w_max"], teacher = stage.w_range[1], wrap(network(parent.model).requires_grad_(False))
+            cond_dropout = experiment.teacher.cond_dropout
+            return unet_torch.DenoisingStep(model, cond_dropout=cond_dropout, num_classes=num_classes, **options)
+        teacher, w_max = wrap(network(parent.model).requires_grad_(False)), stage.w_range[1]
         if stage.series:
-            return unet_torch.HalvingStep(model, teacher, num_steps=stage.num_steps, **options)
-        return unet_torch.GuidedStep(model, teacher, num_classes=num_classes, **options)
+            return unet_torch.HalvingStep(model, teacher, num_steps=stage.num_steps, w_max=w_max, **options)
+        return unet_torch.GuidedStep(model, teacher, num_classes=num_classes, w_max=w_max, **options)
 
     for name, wrap in (("as it is", lambda model: model), ("torch.compile", torch.compile)):
         began, seconds = time.perf_counter(), []
@@ -187,7 +210,7 @@ def theirs(experiment, stage, parent, updates):
             step(x, label)
             seconds.append(time.perf_counter() - start)
             if len(seconds) == 1:
-                print(f"PyTorch, {name}: the first update after {start - began + seconds[0]:.1f} s", flush=True)
+                print(f"PyTorch, {name}: the first update after {time.perf_counter() - began:.1f} s", flush=True)
         took = statistics.median(seconds[_WARM:])
         print(f"PyTorch, {name}: {1e3 * took:.1f} ms a step, {training.batch_size / took:.1f} images/s", flush=True)
         if device == "cuda":
@@ -202,9 +225,16 @@ def _clear(torch):
         torch.cuda.reset_peak_memory_stats()
 
 
-def _changes(settings):
-    """{key: value} of "key=value", the values as Python's literals."""
-    return {key: ast.literal_eval(value) for key, _, value in (setting.partition("=") for setting in settings)}
+def changes_of(settings):
+    """{key: value} of "key=value"; values as Python's literals, words as they stand."""
+    return {key: _literal(value) for key, _, value in (setting.partition("=") for setting in settings)}
+
+
+def _literal(value):
+    try:
+        return ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return value
 
 
 def main():
@@ -219,18 +249,29 @@ def main():
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if not arguments.updates and (arguments.peer or arguments.trace):
+        parser.error("--updates=0 compiles alone: there is nothing to trace or to compare")
     if arguments.side is None:
         for side in ("ours", "peer")[: 1 + arguments.peer]:
             command = [sys.executable, "-m", "benchmarks.config_step", *sys.argv[1:], f"--side={side}"]
-            subprocess.run(command, check=True)
+            if code := subprocess.run(command).returncode:
+                sys.exit(code)
         return
-    experiment, stage, parent = load(arguments.config, arguments.stage, arguments.batch, _changes(arguments.set))
-    if arguments.side == "peer":
-        theirs(experiment, stage, parent, arguments.updates)
-        return
-    settings = " ".join(arguments.set)
-    print(f"{arguments.config}, {stage.name}, batch {stage.training.batch_size}, {experiment.model.dtype} {settings}")
-    ours(experiment, stage, parent, arguments.updates, arguments.trace)
+
+    from guided_distill.errors import UserError
+
+    try:
+        experiment, stage, parent = load(arguments.config, arguments.stage, arguments.batch, changes_of(arguments.set))
+        if arguments.side == "peer":
+            theirs(experiment, stage, parent, arguments.updates)
+            return
+        settings = " ".join(arguments.set)
+        print(
+            f"{arguments.config}, {stage.name}, batch {stage.training.batch_size}, {experiment.model.dtype} {settings}"
+        )
+        ours(experiment, stage, parent, arguments.updates, arguments.trace)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

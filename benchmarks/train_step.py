@@ -60,9 +60,9 @@ def random_batch(experiment, batch_size):
     return {"x": rng.uniform(-1, 1, shape).astype(np.float32), "label": labels}
 
 
-def make_step_arguments(experiment, stage, params, teacher_params):
+def make_step_arguments(experiment, stage, params, teacher_params, mesh=None):
     """(train step, its five arguments) of a stage."""
-    mesh = sharding.make_mesh()
+    mesh = mesh or sharding.make_mesh()
     training = stage.training
     step_fn = train.make_train_step(
         stage.objective, stage.model, stage.teacher, training.optimiser, mesh, training.accumulate

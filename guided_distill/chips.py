@@ -92,5 +92,9 @@ def topology_of(device_kind, platform, count):
     """The Topology of devices that are there, of the kind that JAX calls `device_kind`; one not known here is "cpu"."""
     name = device_kind.lower().replace(" lite", "e").replace("tpu ", "")
     known = {"v6": "v6e", "v5": "v5p"}
-    kind = next((kind for kind in CHIPS if kind in name), known.get(name, "cpu")) if platform != "cpu" else "cpu"
+    kind = (
+        next((kind for kind in CHIPS if re.search(rf"\b{kind}\b", name)), known.get(name, "cpu"))
+        if platform != "cpu"
+        else "cpu"
+    )
     return Topology(kind, (count,))

@@ -288,7 +288,7 @@ def _read(source, indices: np.ndarray, flip: np.ndarray, seeds: np.ndarray | Non
 def _columns(source, indices):
     """(images [b, ...], labels i32 [b], tokens i32 [b, L] or None) of some records; copies."""
     if isinstance(source, ArraySource):
-        rows = np.asarray(indices)
+        rows = np.asarray(indices, np.int64)
         tokens = None if source.tokens is None else source.tokens[rows]
         return source.images[rows], source.labels[rows].astype(np.int32), tokens
     records = _records(source, indices)

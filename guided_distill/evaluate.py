@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -126,29 +127,32 @@ def _measured(run, entries, rows, yardsticks, progress):
     ahead = _rows_ahead(run.mesh)
     with concurrent.futures.ThreadPoolExecutor(1) as measuring:
         measured = collections.deque()
-        for entry in entries:
-            for w in entry.strengths(config):
-                row = rows.get(entry.key(w))
-                if row is not None:
-                    progress.skip(config.num_samples * (entry.calls + seeing))
-                    measured.append((entry, w, lambda row=row: row))
-                else:
-                    if loaded[0] is not entry.stage:
-                        loaded = (entry.stage, run.params_of(entry.stage))
-                    if (entry.stage.model, entry.sampler) not in warm:
-                        list(_drawn(run, entry, loaded[1], config.w[0], num=1, num_steps=1))  # compiles
-                        warm.add((entry.stage.model, entry.sampler))
-                        progress.begin()
-                    asked = _reference_images(run, reference, w) if entry.keeps_the_map and entry != reference else None
-                    advance = functools.partial(_advance, progress, entry, w, entry.calls + seeing)
-                    try:
+        try:
+            for entry in entries:
+                for w in entry.strengths(config):
+                    row = rows.get(entry.key(w))
+                    if row is not None:
+                        progress.skip(config.num_samples * (entry.calls + seeing))
+                        measured.append((entry, w, lambda row=row: row))
+                    else:
+                        if loaded[0] is not entry.stage:
+                            loaded = (entry.stage, run.params_of(entry.stage))
+                        if (entry.stage.model, entry.sampler) not in warm:
+                            list(_drawn(run, entry, loaded[1], config.w[0], num=1, num_steps=1))  # compiles
+                            warm.add((entry.stage.model, entry.sampler))
+                            progress.begin()
+                        compares = entry.keeps_the_map and entry != reference
+                        asked = _reference_images(run, reference, w) if compares else None
+                        advance = functools.partial(_advance, progress, entry, w, entry.calls + seeing)
                         measure = _draw_row(run, entry, loaded[1], w, yardsticks, asked, found_again, clip, advance)
-                    except Stopped:
-                        yield from _results(measured, 0)
-                        raise
-                    measured.append((entry, w, measuring.submit(measure).result))
-                yield from _results(measured, ahead)
-        yield from _results(measured, 0)
+                        measured.append((entry, w, measuring.submit(measure).result if ahead else measure))
+                    yield from _results(measured, ahead)
+            yield from _results(measured, 0)
+        except (Exception, KeyboardInterrupt, Stopped):
+            if ahead:  # What comes in the way of a row loses none that was drawn before it.
+                with contextlib.suppress(Exception):
+                    yield from _results(measured, 0)
+            raise
 
 
 def _rows_ahead(mesh):
@@ -162,8 +166,10 @@ def _rows_ahead(mesh):
 def _results(measured, left):
     """Yields (entry, w, row) of a queue of (entry, w, what gives its row) until so many are left."""
     while len(measured) > left:
-        entry, w, result = measured.popleft()
-        yield entry, w, result()
+        entry, w, result = measured[0]
+        row = result()
+        measured.popleft()
+        yield entry, w, row
 
 
 def _drawn(run, entry, params, w, *, num, num_steps):
@@ -236,7 +242,7 @@ def _draw_row(run, entry, params, w, yardsticks, asked, found_again, clip, advan
             measured["metrics"]["clip_score"] = float(scores.mean())
         if distances:
             measured["metrics"]["distance_to_reference"] = float(np.concatenate(distances).mean())
-        return _row(run, entry, w, float(np.mean(seconds)), measured, yardsticks)
+        return _row(run, entry, w, float(np.median(seconds)), measured, yardsticks)
 
     return measure
 

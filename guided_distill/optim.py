@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from guided_distill.errors import UserError
+from guided_distill.sharding import SMALL
 
 DECAYS = ("constant", "linear")
-_SMALL = 2**14  # elements, and so whole on every device (`sharding.fsdp_spec`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +45,17 @@ def make_optimiser(config):
 def global_norm(tree):
     """The Euclidean norm of all leaves, the small ones as one vector.
 
-    Most of a U-Net's hundreds of leaves are small, and a kernel for each of them, for gradients and for parameters,
-    was a sixth of what a GPU had to compile and to launch.
+    Most of a U-Net's hundreds of leaves are small, and a GPU's compiler takes its time for a kernel for each of them.
+    What is split over devices stays as it is.
     """
     leaves = jax.tree.leaves(tree)
-    small = [leaf.ravel() for leaf in leaves if leaf.size <= _SMALL]
-    large = [leaf for leaf in leaves if leaf.size > _SMALL]
+    small = [leaf.ravel() for leaf in leaves if leaf.size < SMALL]
+    large = [leaf for leaf in leaves if leaf.size >= SMALL]
     return optax.tree.norm([*large, jnp.concatenate(small)] if small else large)
 
 
 def apply_gradients(config, state, grads, peak_lr, updates):
-    """One update of a TrainState: (new state, {lr, grad_norm, skipped, param_norm}).
+    """One update of a TrainState: (new state, {lr, grad_norm, skipped}).
 
     A gradient that is not finite changes nothing but the step and the count of skipped updates in a row.
     """
@@ -76,5 +76,4 @@ def apply_gradients(config, state, grads, peak_lr, updates):
     stale = state.replace(skipped=state.skipped + 1)
     state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), fresh, stale)
     metrics = {"learning_rate": rate, "grad_norm": grad_norm, "skipped": state.skipped}
-    metrics["param_norm"] = global_norm(state.params)
     return state.replace(step=state.step + 1), metrics

@@ -12,7 +12,7 @@ from guided_distill import distributed
 from guided_distill.errors import UserError
 
 _AXES = ("data", "fsdp")
-_SMALL = 2**14  # elements; sharing out less saves nothing and costs a collective
+SMALL = 2**14  # elements; sharing out less saves nothing and costs a collective
 _GATHERED = "gathered"
 
 
@@ -44,7 +44,7 @@ def batched(mesh):
 def fsdp_spec(shape, fsdp):
     """The PartitionSpec of a weight: split along the longest dimension that `fsdp` divides; small ones are whole."""
     sides = [side if side % fsdp == 0 else 0 for side in shape]
-    if fsdp == 1 or math.prod(shape) < _SMALL or not any(sides):
+    if fsdp == 1 or math.prod(shape) < SMALL or not any(sides):
         return PartitionSpec()
     return PartitionSpec(*(None,) * sides.index(max(sides)), "fsdp")
 

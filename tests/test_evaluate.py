@@ -13,6 +13,7 @@ from tiny import quick_config
 from guided_distill import evaluate, measure_files, pipeline, sample
 from guided_distill.errors import Stopped, UserError
 from guided_distill.evaluation import reference as references
+from guided_distill.workdir import Run
 
 FEW = {"evaluate.num_steps": (1,), "evaluate.w": (0.0, 4.0)}
 
@@ -77,7 +78,8 @@ def test_a_killed_evaluation_loses_the_row_it_was_at(run_of, drawn, monkeypatch)
     assert read_rows(run_of)[:3] == kept
 
 
-def test_a_row_is_measured_while_the_next_is_drawn_and_is_kept_when_that_is_stopped(run_of, drawn, monkeypatch):
+@pytest.mark.parametrize("where", ["drawing", "loading"])
+def test_a_row_is_measured_while_the_next_is_drawn_and_kept_when_that_is_stopped(run_of, drawn, monkeypatch, where):
     whole = read_rows(run_of)
     evaluate.forget(run_of)
     monkeypatch.setattr(evaluate, "_rows_ahead", lambda mesh: 1)
@@ -89,19 +91,20 @@ def test_a_row_is_measured_while_the_next_is_drawn_and_is_kept_when_that_is_stop
         return measure_by(*args)
 
     monkeypatch.setattr(evaluate, "measure_by", slow)
-    advance = evaluate._advance
+    of, name = {"drawing": (evaluate, "_advance"), "loading": (Run, "params_of")}[where]
+    original = getattr(of, name)
 
     def stopped(*args):
-        advance(*args)
-        if len(drawn) == 4:
+        if len(drawn) == 4:  # the teacher's rows; then another model is loaded
             raise Stopped
+        return original(*args)
 
-    monkeypatch.setattr(evaluate, "_advance", stopped)
+    monkeypatch.setattr(of, name, stopped)
     with pytest.raises(Stopped):
         pipeline.evaluate_run(config(), run_of)
-    assert len(read_rows(run_of)) == 3
+    assert len(read_rows(run_of)) == {"drawing": 3, "loading": 4}[where]
     assert begun[0][0] == 2 and begun[0][1] is not threading.main_thread()
-    monkeypatch.setattr(evaluate, "_advance", advance)
+    monkeypatch.setattr(of, name, original)
     pipeline.evaluate_run(config(), run_of)
     for row, expected in zip(read_rows(run_of), whole, strict=True):
         assert row["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from guided_distill import optim
+from guided_distill import optim, sharding
 from guided_distill.errors import UserError
 from guided_distill.state import make_state
 
@@ -84,3 +84,14 @@ def test_a_gradient_that_is_not_finite_changes_only_the_counters(bad):
     again, _ = update(config, skipped, grads)
     healed, _ = update(config, again, jax.tree.map(jnp.ones_like, PARAMS))
     assert int(again.skipped) == 2 and int(healed.skipped) == 0
+
+
+def test_the_norm_is_optax_s_and_moves_no_weights_between_devices():
+    rng = np.random.default_rng(0)
+    shapes = {"a": (7,), "b": (7,), "c": (128, 128), "d": (256, 130), "e": (), "f": (3, 0)}
+    tree = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    np.testing.assert_allclose(optim.global_norm(tree), optax.tree.norm(tree), rtol=1e-6)
+    assert optim.global_norm({}) == 0.0
+    mesh = sharding.make_mesh(fsdp=len(jax.devices()))
+    text = jax.jit(optim.global_norm).lower(sharding.place(mesh, tree)).compile().as_text()
+    assert "all-reduce" in text and "all-gather" not in text

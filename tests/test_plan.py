@@ -97,7 +97,8 @@ def test_topologies():
     assert (topology.chips, topology.kind, str(topology)) == (64, "v5p", "v5p:4x4x4")
     assert parse_topology("h100:8").chips == 8
     kinds = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v4": "v4", "TPU v6 lite": "v6e"}
-    kinds |= {"NVIDIA H100 PCIe": "h100", "NVIDIA H200": "h200"}
+    kinds |= {"NVIDIA H100 PCIe": "h100", "NVIDIA H200": "h200", "NVIDIA GH200 480GB": "cpu"}
+    kinds |= {"NVIDIA A100-SXM4-80GB": "a100"}
     assert {kind: topology_of(kind, "x", 4).kind for kind in kinds} == kinds
     assert str(topology_of("cpu", "cpu", 8)) == "cpu:8"
     assert peak_flops(jax.devices()[0], "bfloat16") is None
