@@ -7,7 +7,6 @@ For an H200. Nothing is autotuned, which a compilation on the GPU does besides, 
 cuDNN's. With XLA_FLAGS=--xla_gpu_enable_triton_gemm=false products are cuBLAS's.
 """
 
-import argparse
 import collections
 import os
 import re
@@ -21,7 +20,7 @@ import jax
 from jax._src import xla_bridge  # there is no other way to name a platform without a device
 from jax.experimental import topologies
 
-from benchmarks.config_step import changes_of, load
+from benchmarks.config_step import changes_of, load, make_parser
 from guided_distill import sharding
 from guided_distill.errors import UserError
 from guided_distill.plan import ahead
@@ -58,12 +57,7 @@ def h200():
 
 def main():
     """Prints seconds, memory and kernels."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="the stem of a file in configs/")
-    parser.add_argument("--stage", default="stage1")
-    parser.add_argument("--batch", type=int, help="in place of the config's own")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another value of the config")
-    arguments = parser.parse_args()
+    arguments = make_parser(__doc__).parse_args()
     try:
         experiment, stage, parent = load(arguments.config, arguments.stage, arguments.batch, changes_of(arguments.set))
     except UserError as error:

@@ -237,13 +237,19 @@ def _literal(value):
         return value
 
 
-def main():
-    """Each side in a process of its own, so that the memory of one is not the other's."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description):
+    """Of the options that name a stage of a config."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="the stem of a file in configs/")
     parser.add_argument("--stage", default="stage1")
     parser.add_argument("--batch", type=int, help="in place of the config's own")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another value of the config")
+    return parser
+
+
+def main():
+    """Each side in a process of its own, so that the memory of one is not the other's."""
+    parser = make_parser(__doc__)
     parser.add_argument("--updates", type=int, default=10, help="that are timed")
     parser.add_argument("--trace", metavar="DIR")
     parser.add_argument("--peer", action="store_true")
