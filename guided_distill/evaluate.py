@@ -15,7 +15,6 @@ import time
 
 import jax
 import numpy as np
-from rich.table import Table
 
 from guided_distill import distributed, pictures
 from guided_distill.data import read_tokens
@@ -23,11 +22,11 @@ from guided_distill.errors import Stopped, UserError
 from guided_distill.evaluation import captions, pixels
 from guided_distill.evaluation.clip_scores import make_scorer
 from guided_distill.evaluation.features import OPERATIONS
-from guided_distill.evaluation.measure import name_of
 from guided_distill.evaluation.samples import Samples, collect
 from guided_distill.evaluation.yardstick import features_of, kept_rows, make_yardsticks, measure_by, provenance_of
 from guided_distill.files import absolute, write_json, write_whole
 from guided_distill.generate import sample_images
+from guided_distill.summary_table import table_of
 from guided_distill.surface import make_entries
 from guided_distill.teachers import flops_of_a_call
 from guided_distill.text import end_of_text
@@ -57,7 +56,7 @@ def evaluate(run, progress):
     whole = found.get("evaluate") == _settings(run.experiment.evaluate) and all(key in rows for key in keys)
     if whole and drawn:
         progress.skip(work(run.experiment, run.stages))
-        progress.say_table(_table(found))
+        progress.say_table(table_of(found))
         return found
 
     if run.is_main and not rows:
@@ -78,7 +77,7 @@ def evaluate(run, progress):
             write_summary(run, summary)
     if run.is_main:
         pictures.save_png(run.workdir / "comparison.png", _comparison(run, entries))
-        progress.say_table(_table(summary))
+        progress.say_table(table_of(summary))
         progress.say(f"{run.workdir / 'comparison.png'}: samples; {run.workdir / 'summary.json'}: these figures")
     return summary
 
@@ -392,37 +391,3 @@ def _comparison(run, entries):
         ]
         groups.append((f"w = {w:g}", rows))
     return pictures.comparison(groups, f"{run.experiment.data.name}: the same noise and label down each column")
-
-
-def _steps(row):
-    """8 for eight steps of one call, 8x2 for a guided teacher's, and the number of calls where it is neither."""
-    steps, each = row["num_steps"], row["nfe"] / row["num_steps"]
-    if not each.is_integer():
-        return f"{steps} ({row['nfe']} calls)"
-    return str(steps) if each == 1 else f"{steps}x{each:.0f}"
-
-
-def _table(summary):
-    """The rows of a summary for the terminal, by the first of the networks."""
-    network, floor = summary["evaluate"]["features"][0], summary["noise_floor"]
-    frechet = name_of("frechet", network)
-    table = Table(title=frechet if floor is None else f"{frechet} of real halves (noise floor): {floor:.3g}")
-    for name in ("model", "steps", "w", "frechet", "score", "label", "to ref.", "ms/image"):
-        table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
-    for row in summary["rows"]:
-        values = row["metrics"]
-        table.add_row(
-            row["stage"] if row["model"] == "student" or row["sampler"] == "deterministic" else row["sampler"],
-            _steps(row),
-            f"{row['w']:g}",
-            f"{values[frechet]:.2f}",
-            f"{values[name_of('score', network)]:.2f}",
-            _or_dash(values.get("label_agreement"), ".1%"),
-            _or_dash(values.get("distance_to_reference"), ".4f"),
-            f"{1000 * row['seconds_per_image']:.2f}",
-        )
-    return table
-
-
-def _or_dash(value, form):
-    return "-" if value is None else format(value, form)

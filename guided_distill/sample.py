@@ -13,6 +13,7 @@ from guided_distill.errors import UserError
 from guided_distill.evaluation.image_files import read_picture
 from guided_distill.files import write_whole
 from guided_distill.masks import shrink
+from guided_distill.records import times
 from guided_distill.text import words_of
 
 
@@ -140,21 +141,17 @@ def _picture_and_hole(begin, shape):
     x, hole = read_picture(begin.image, "--image"), np.ones((*shape[:-1], 1), np.float32)
     if x.shape != tuple(shape):
         raise UserError(
-            f"--image={begin.image} is {_times(x.shape)}, the model's pictures are {_times(shape)}: "
+            f"--image={begin.image} is {times(x.shape)}, the model's pictures are {times(shape)}: "
             "resize it, or save it in as many channels"
         )
     if begin.mask is None:
         return x, hole
     mask = read_picture(begin.mask, "--mask").mean(-1, keepdims=True)
     if mask.shape[:-1] != shape[:-1]:
-        raise UserError(f"--mask={begin.mask} is {_times(mask.shape[:-1])}, the picture {_times(shape[:-1])}")
+        raise UserError(f"--mask={begin.mask} is {times(mask.shape[:-1])}, the picture {times(shape[:-1])}")
     if not (mask > 0.0).any():
         raise UserError(f"--mask={begin.mask} holds nothing white: there is nothing to make anew")
     return x, (mask > 0.0).astype(np.float32)
-
-
-def _times(shape):
-    return "x".join(map(str, shape))
 
 
 def _check_captions(this, captions):
