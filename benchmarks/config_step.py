@@ -13,7 +13,6 @@ networks are the same is tested in tests/parity.
 import argparse
 import ast
 import collections
-import dataclasses
 import glob
 import importlib
 import statistics
@@ -166,8 +165,7 @@ def theirs(experiment, stage, parent, updates):
     """Times the same step in PyTorch: as it is written, and compiled."""
     import torch
 
-    from benchmarks import unet_torch
-    from benchmarks.train_step import random_batch, torch_batch
+    from benchmarks.train_step import random_batch, torch_batch, torch_step, torch_unet
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"PyTorch {torch.__version__} on {torch.cuda.get_device_name() if device == 'cuda' else 'the CPU'}")
@@ -175,36 +173,14 @@ def theirs(experiment, stage, parent, updates):
     torch.backends.cudnn.benchmark = True
 
     def network(model):
-        side, _, channels = experiment.data.sample_shape
-        config = dataclasses.replace(
-            experiment.model,
-            num_classes=experiment.data.num_classes,
-            out_channels=channels,
-            w_conditioned=model.w_conditioned,
-        )
-        return unet_torch.make_unet(config, side, channels).to(device, memory_format=torch.channels_last)
+        return torch_unet(experiment, w_conditioned=model.w_conditioned).to(device)
 
-    training, num_classes = stage.training, experiment.data.num_classes
-    options = {
-        "learning_rate": training.learning_rate,
-        "decay": training.optimiser.ema,
-        "bfloat16": experiment.model.dtype == "bfloat16",
-    }
-    x, label = (values.to(device) for values in torch_batch(random_batch(experiment, training.batch_size)))
-
-    def make_step(wrap):
-        model = wrap(network(stage.model))
-        if stage.teacher is None:
-            cond_dropout = experiment.teacher.cond_dropout
-            return unet_torch.DenoisingStep(model, cond_dropout=cond_dropout, num_classes=num_classes, **options)
-        teacher, w_max = wrap(network(parent.model).requires_grad_(False)), stage.w_range[1]
-        if stage.series:
-            return unet_torch.HalvingStep(model, teacher, num_steps=stage.num_steps, w_max=w_max, **options)
-        return unet_torch.GuidedStep(model, teacher, num_classes=num_classes, w_max=w_max, **options)
-
+    batch_size = stage.training.batch_size
+    x, label = (values.to(device) for values in torch_batch(random_batch(experiment, batch_size)))
     for name, wrap in (("as it is", lambda model: model), ("torch.compile", torch.compile)):
         began, seconds = time.perf_counter(), []
-        step = make_step(wrap)
+        teacher = None if parent is None else wrap(network(parent.model).requires_grad_(False))
+        step = torch_step(experiment, stage, wrap(network(stage.model)), teacher)
         for _ in range(_WARM + updates):
             start = time.perf_counter()
             step(x, label)
@@ -212,17 +188,12 @@ def theirs(experiment, stage, parent, updates):
             if len(seconds) == 1:
                 print(f"PyTorch, {name}: the first update after {time.perf_counter() - began:.1f} s", flush=True)
         took = statistics.median(seconds[_WARM:])
-        print(f"PyTorch, {name}: {1e3 * took:.1f} ms a step, {training.batch_size / took:.1f} images/s", flush=True)
+        print(f"PyTorch, {name}: {1e3 * took:.1f} ms a step, {batch_size / took:.1f} images/s", flush=True)
+        del step, teacher
         if device == "cuda":
             print(f"PyTorch, {name}: at most {torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB", flush=True)
-        del step
-        _clear(torch)
-
-
-def _clear(torch):
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 def changes_of(settings):

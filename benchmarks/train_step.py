@@ -89,8 +89,8 @@ def our_turn(experiment, stage, params, teacher_params):
     return turn
 
 
-def torch_network(experiment, params, *, w_conditioned):
-    """The network in PyTorch with these weights, after checking that it is the same network."""
+def torch_unet(experiment, *, w_conditioned):
+    """The experiment's network in PyTorch, with fresh weights."""
     import torch
 
     from benchmarks import unet_torch
@@ -102,9 +102,17 @@ def torch_network(experiment, params, *, w_conditioned):
         out_channels=channels,
         w_conditioned=w_conditioned,
     )
-    model = unet_torch.make_unet(config, side, channels)
+    return unet_torch.make_unet(config, side, channels).to(memory_format=torch.channels_last)
+
+
+def torch_network(experiment, params, *, w_conditioned):
+    """The network in PyTorch with these weights, after checking that it is the same network."""
+    import torch
+
+    from benchmarks import unet_torch
+
+    model = torch_unet(experiment, w_conditioned=w_conditioned)
     unet_torch.load_flax(model, params)
-    model = model.to(memory_format=torch.channels_last)
     batch, logsnr, w = random_batch(experiment, 8), np.linspace(-5.0, 5.0, 8, dtype=np.float32), np.ones(8, np.float32)
     static = make_model(experiment, w_conditioned=w_conditioned)
     ours = jax.jit(static.model_fn)(params, batch["x"], logsnr, {"label": batch["label"], "w": w})
@@ -122,6 +130,25 @@ def torch_batch(batch):
     return torch.tensor(batch["x"]).movedim(-1, 1), torch.tensor(batch["label"]).long()
 
 
+def torch_step(experiment, stage, model, teacher):
+    """A stage's update of a PyTorch network, taught by another, or None."""
+    from benchmarks import unet_torch
+
+    num_classes = experiment.data.num_classes
+    options = {
+        "learning_rate": stage.training.learning_rate,
+        "decay": stage.training.ema,
+        "bfloat16": experiment.model.dtype == "bfloat16",
+    }
+    if teacher is None:
+        cond_dropout = experiment.teacher.cond_dropout
+        return unet_torch.DenoisingStep(model, cond_dropout=cond_dropout, num_classes=num_classes, **options)
+    options["w_max"] = stage.w_range[1]
+    if stage.series:
+        return unet_torch.HalvingStep(model, teacher, num_steps=stage.num_steps, **options)
+    return unet_torch.GuidedStep(model, teacher, num_classes=num_classes, **options)
+
+
 def torch_turns(experiment, stage, params, teacher_params):
     """{number of threads: a stage's update in PyTorch, the same work}.
 
@@ -129,23 +156,12 @@ def torch_turns(experiment, stage, params, teacher_params):
     """
     import torch
 
-    from benchmarks import unet_torch
-
-    training, num_classes = stage.training, experiment.data.num_classes
-    options = {"learning_rate": training.learning_rate, "decay": training.ema}
     model = torch_network(experiment, params, w_conditioned=stage.model.w_conditioned)
-    if stage.teacher is None:
-        step = unet_torch.DenoisingStep(
-            model, cond_dropout=experiment.teacher.cond_dropout, num_classes=num_classes, **options
-        )
-    else:
-        options["w_max"] = stage.w_range[1]
+    teacher = None
+    if stage.teacher is not None:
         teacher = torch_network(experiment, teacher_params, w_conditioned=stage.teacher.w_conditioned)
-        if stage.series:
-            step = unet_torch.HalvingStep(model, teacher, num_steps=stage.num_steps, **options)
-        else:
-            step = unet_torch.GuidedStep(model, teacher, num_classes=num_classes, **options)
-    x, label = torch_batch(random_batch(experiment, training.batch_size))
+    step = torch_step(experiment, stage, model, teacher)
+    x, label = torch_batch(random_batch(experiment, stage.training.batch_size))
 
     def turn(threads, steps):
         torch.set_num_threads(threads)

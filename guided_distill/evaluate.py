@@ -124,28 +124,28 @@ def _measured(run, entries, rows, yardsticks, progress):
     reference = next(entry for entry in entries if entry.reference)
     seeing = seeing_work(run.experiment, run.stages)
     ahead = _rows_ahead(run.mesh)
+    surface = [(entry, w) for entry in entries for w in entry.strengths(config)]
     with concurrent.futures.ThreadPoolExecutor(1) as measuring:
         measured = collections.deque()
         try:
-            for entry in entries:
-                for w in entry.strengths(config):
-                    row = rows.get(entry.key(w))
-                    if row is not None:
-                        progress.skip(config.num_samples * (entry.calls + seeing))
-                        measured.append((entry, w, lambda row=row: row))
-                    else:
-                        if loaded[0] is not entry.stage:
-                            loaded = (entry.stage, run.params_of(entry.stage))
-                        if (entry.stage.model, entry.sampler) not in warm:
-                            list(_drawn(run, entry, loaded[1], config.w[0], num=1, num_steps=1))  # compiles
-                            warm.add((entry.stage.model, entry.sampler))
-                            progress.begin()
-                        compares = entry.keeps_the_map and entry != reference
-                        asked = _reference_images(run, reference, w) if compares else None
-                        advance = functools.partial(_advance, progress, entry, w, entry.calls + seeing)
-                        measure = _draw_row(run, entry, loaded[1], w, yardsticks, asked, found_again, clip, advance)
-                        measured.append((entry, w, measuring.submit(measure).result if ahead else measure))
-                    yield from _results(measured, ahead)
+            for entry, w in surface:
+                row = rows.get(entry.key(w))
+                if row is not None:
+                    progress.skip(config.num_samples * (entry.calls + seeing))
+                    measured.append((entry, w, lambda row=row: row))
+                else:
+                    if loaded[0] is not entry.stage:
+                        loaded = (entry.stage, run.params_of(entry.stage))
+                    if (entry.stage.model, entry.sampler) not in warm:
+                        list(_drawn(run, entry, loaded[1], config.w[0], num=1, num_steps=1))  # compiles
+                        warm.add((entry.stage.model, entry.sampler))
+                        progress.begin()
+                    compares = entry.keeps_the_map and entry != reference
+                    asked = _reference_images(run, reference, w) if compares else None
+                    advance = functools.partial(_advance, progress, entry, w, entry.calls + seeing)
+                    measure = _draw_row(run, entry, loaded[1], w, yardsticks, asked, found_again, clip, advance)
+                    measured.append((entry, w, measuring.submit(measure).result if ahead else measure))
+                yield from _results(measured, ahead)
             yield from _results(measured, 0)
         except (Exception, KeyboardInterrupt, Stopped):
             if ahead:  # What comes in the way of a row loses none that was drawn before it.
