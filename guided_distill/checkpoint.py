@@ -18,6 +18,7 @@ from guided_distill.files import absolute, in_bucket, write_whole
 
 _log = logging.getLogger(__name__)
 COMPLETE = "STAGE_COMPLETE"
+_WHOLE_BYTES = 2**23  # a millisecond from a device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Checkpoints:
             raise Fault(f"{_step_dir(self._stage_dir, newest)} is gone; bring the workdir back, or start in another")
         if distributed.is_main():
             _checksums_path(self._stage_dir, step).unlink(missing_ok=True)
+        state = state if distributed.several() else jax.tree.map(_one_copy, state)
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), batches=ocp.args.JsonSave(iterator_state))
         with self._written(step):
             self._manager.save(step, args=items)
@@ -152,6 +154,14 @@ class _Manager(ocp.CheckpointManager):
 
     def reached_preemption(self, step):
         return False
+
+
+def _one_copy(array):
+    """An array of this process for Orbax to write whole, where it would write a small one in as many pieces as copies.
+
+    What is split over devices, and a large array, of which each device writes a part at the same time, stays as it is.
+    """
+    return array.addressable_data(0) if array.is_fully_replicated and array.nbytes < _WHOLE_BYTES else array
 
 
 def _step_dir(stage_dir, step):

@@ -6,6 +6,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import pytest
+import tensorstore
 
 from guided_distill import checkpoint, sharding
 from guided_distill.checkpoint import Checkpoints, is_complete, load_eval_params, mark_complete
@@ -207,3 +208,18 @@ def test_the_mark_of_a_finished_stage(tmp_path):
     assert not is_complete(tmp_path)
     mark_complete(tmp_path, "done\n")
     assert is_complete(tmp_path) and [path.name for path in tmp_path.iterdir()] == ["STAGE_COMPLETE"]
+
+
+def pieces_of(stage_dir, name):
+    """In how many pieces an array of the checkpoint of step 1 was written."""
+    base = {"driver": "file", "path": f"{stage_dir}/checkpoints/1/state/"}
+    keys = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result().list().result()
+    return sum(key.startswith(f"{name}/".encode()) and not key.endswith(b".zarray") for key in keys)
+
+
+@pytest.mark.parametrize(("fsdp", "pieces"), [(1, 1), (8, 8)])
+def test_what_all_devices_hold_is_written_once_and_what_is_split_in_parts(tmp_path, fsdp, pieces):
+    state = make_state({"kernel": jnp.ones((128, 256))}, OptimiserConfig())
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, sharding.place(sharding.make_mesh(fsdp=fsdp), state), {})
+    assert pieces_of(tmp_path, "params.kernel") == pieces
