@@ -8,13 +8,13 @@ import socket
 from pathlib import Path
 
 import pytest
+from quickly import COMPILED_QUICKLY
 
 # Eight devices share few cores: one may reach a collective so long after the others that XLA would abort the process.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_force_host_platform_device_count=8",
-        # Tests compile far longer than they compute; without LLVM's optimiser they compile twice as fast.
-        "--xla_backend_optimization_level=0",
+        COMPILED_QUICKLY,
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
         "--xla_cpu_collective_timeout_seconds=600",

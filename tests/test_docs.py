@@ -18,6 +18,7 @@ import ml_collections
 import numpy as np
 import pytest
 from forked import parse_main, run_script
+from quickly import COMPILED_QUICKLY
 from tiny import tiny_config
 
 from configs import common, emoji_text, stable_diffusion
@@ -31,7 +32,7 @@ DOCS = ["README.md", *(f"docs/{path.name}" for path in sorted((REPO / "docs").gl
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`((?:python -m|make|guided-distill)\s[^`]+)`")
 ELSEWHERE = {"tensorboard", "source"}  # programs that are not ours
-ENV = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+ENV = {**os.environ, "XLA_FLAGS": COMPILED_QUICKLY}
 
 
 def text_of(name):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from forked import run_script
+from quickly import COMPILED_QUICKLY
 
 import guided_distill as gd
 
@@ -50,7 +51,7 @@ def test_the_example_distils_a_denoiser_of_ones_own(tmp_path):
     short = source.replace("OMEGA = 1000,", "OMEGA = 100,")
     assert short != source
     (tmp_path / "own_denoiser.py").write_text(short)
-    env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device; compiled in a hurry
+    env = {**os.environ, "XLA_FLAGS": COMPILED_QUICKLY}  # one device; compiled in a hurry
     done = run_script(tmp_path / "own_denoiser.py", env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     errors = {line.split(":")[0]: float(line.split()[3]) for line in done.stdout.splitlines()}

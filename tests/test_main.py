@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from forked import run_main
 from PIL import Image
+from quickly import COMPILED_QUICKLY
 
 REPO = pathlib.Path(__file__).parents[1]
 TINY = [
@@ -24,7 +25,7 @@ TINY = [
 
 def command(*arguments):
     # One device, as on a user's machine; compiled in a hurry, as in conftest.
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "XLA_FLAGS": COMPILED_QUICKLY}
     return [sys.executable, "-m", "guided_distill.main", *arguments], {"cwd": REPO, "env": environment, "text": True}
 
 

@@ -11,6 +11,7 @@ import time
 import curves
 import numpy as np
 import pytest
+from quickly import COMPILED_QUICKLY
 
 from guided_distill.metrics import read_metrics
 
@@ -31,7 +32,7 @@ def line_of(processes, workdir, port):
     """The command of the whole chain by launch/local.sh, and how it is run."""
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": COMPILED_QUICKLY,
         "PROGRAM": f"{sys.executable} -m guided_distill.main",
         "PORT": str(port),
     }
@@ -74,7 +75,7 @@ def stopped_in(workdir, processes, port):
 
 def curves_of(processes, layout, port):
     """{stage: [[loss, norm of the gradient]]} of the first updates by processes of one device each; each one's own."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(REPO)}
+    environment = {**os.environ, "XLA_FLAGS": COMPILED_QUICKLY, "PYTHONPATH": str(REPO)}
     lines = [
         [sys.executable, REPO / "tests" / "curves.py", f"127.0.0.1:{port}", str(processes), str(k), json.dumps(layout)]
         for k in range(processes)
