@@ -51,7 +51,17 @@ def test_subsets_are_drawn_of_samples_and_reference_in_turn():
         estimates.append(by_loops(a, y[rng.choice(40, 10, replace=False)]))
     assert found.mean == pytest.approx(np.mean(estimates), rel=1e-10)
     assert found.std == pytest.approx(np.std(estimates), rel=1e-10)
-    assert found.standard_error == pytest.approx(np.std(estimates) / 2, rel=1e-10)
+
+
+@pytest.mark.parametrize("subsets", [1, 100])
+def test_the_standard_error_is_the_spread_over_draws_of_the_samples(subsets):
+    """However many subsets are drawn, and as the root of the number of samples."""
+    y, draws = RNG.normal(size=(80, 3)) + 0.5, [RNG.normal(size=(80, 3)) for _ in range(1000)]
+    spread = np.std([squared_mmd(x, y) for x in draws])
+    found = [kernel_distance(x, y, subsets=subsets, subset_size=60).standard_error for x in draws[:100]]
+    assert np.mean(found) == pytest.approx(spread, rel=0.1)
+    fewer = [kernel_distance(x[:20], y, subsets=subsets).standard_error for x in draws[:100]]
+    assert np.mean(fewer) == pytest.approx(2 * spread, rel=0.2)
 
 
 @pytest.mark.parametrize("subsets", [2, 60])

@@ -1,7 +1,6 @@
 """Kernel distance, KID with Inception features: unbiased squared MMD under a cubic kernel (arXiv:1801.01401)."""
 
 import dataclasses
-import math
 
 import numpy as np
 
@@ -11,16 +10,16 @@ _BLOCK = 1024  # rows whose kernel with all others is in memory
 
 @dataclasses.dataclass(frozen=True)
 class KernelDistance:
-    """Mean and standard deviation (ddof 0) of the estimates of `subsets` pairs of subsets."""
+    """Mean and standard deviation (ddof 0) of the estimates of `subsets` pairs of subsets.
+
+    `standard_error` is that of the distance for other samples of the same model against the same reference. (Not
+    std/√subsets: that falls to nothing with the number of subsets, however few the samples are.)
+    """
 
     mean: float
     std: float
     subsets: int
-
-    @property
-    def standard_error(self) -> float:
-        """std/√subsets: how well the mean over subsets is known for these samples, not for others of the model."""
-        return self.std / math.sqrt(self.subsets)
+    standard_error: float
 
 
 def kernel_distance(
@@ -47,7 +46,9 @@ def kernel_distance(
             squared_mmd(samples[x].astype(np.float64), reference[y].astype(np.float64))
             for x, y in zip(of_samples, of_reference, strict=True)
         ]
-    return KernelDistance(float(np.mean(estimates)), float(np.std(estimates)), subsets)
+    of_one = samples[of_samples[0]].astype(np.float64), reference[of_reference[0]].astype(np.float64)
+    error = standard_error(*of_one, len(samples))
+    return KernelDistance(float(np.mean(estimates)), float(np.std(estimates)), subsets, error)
 
 
 def _of_small_sets(samples, reference, of_samples, of_reference):
@@ -86,6 +87,16 @@ def _own_kernel(x):
 def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
     """Unbiased estimate of MMD² from x f64[n,D] and y f64[m,D] (arXiv:1801.01401, eq 4)."""
     return _mean_of_pairs(x) + _mean_of_pairs(y) - 2 * _kernel(x, y).mean()
+
+
+def standard_error(x: np.ndarray, y: np.ndarray, count: int) -> float:
+    """Standard deviation of MMD² over draws of `count` samples, told by x f64[n,D] of them; the reference stays y.
+
+    To first order 2 std(h)/√count, h(x) = E k(x, x') - E k(x, y) (arXiv 1611.04488, section 2: the term of 1/count).
+    """
+    own = _kernel(x, x)
+    h = (own.sum(1) - own.diagonal()) / (len(x) - 1) - _kernel(x, y).mean(1)
+    return float(2 * h.std() / np.sqrt(count))
 
 
 def _kernel(x, y):

@@ -66,9 +66,9 @@ def _against_features(samples, reference, settings):
     real = reference.neighbours.features
     found = kernel.kernel_distance(samples.features, real)
     settings |= {"kid_subsets": found.subsets, "neighbours": len(real)}
-    metrics = {name: found.mean}
+    metrics = {name: found.mean, f"{name}_se": found.standard_error}
     if found.subsets > 1:
-        metrics |= {f"{name}_std": found.std, f"{name}_se": found.standard_error}
+        metrics[f"{name}_std"] = found.std
     if len(samples) > neighbours.PRECISION_K:
         near = neighbours.compare(samples.features, reference.neighbours)
         metrics |= {f"{figure}_{network}": value for figure, value in near.items()}
