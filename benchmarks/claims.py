@@ -15,7 +15,8 @@ REFERENCE_BOUNDS = {"digits": {4: 1.15, 2: 1.3}, "mnist": {4: 1.3, 2: 2.0}}
 TEACHER_BOUNDS = {2: 0.8, 1: 0.5}  # ... and this many times the teacher's own at the same N x 2
 DISTANCE_BOUND = 0.5  # of the distance to the reference images, against the teacher's own at the same N x 2
 AGREEMENT_MARGIN = 0.02
-KID_MARGIN = 1e-3  # of the student of captions over the reference teacher's, besides the standard error
+# Of the KID of the student of captions over the reference teacher's, besides what other samples of it would change.
+KID_MARGIN = 1e-3
 RETRIEVAL_MARGIN = 0.03
 
 

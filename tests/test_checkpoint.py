@@ -217,8 +217,11 @@ def pieces_of(stage_dir, name):
     return sum(key.startswith(f"{name}/".encode()) and not key.endswith(b".zarray") for key in keys)
 
 
-@pytest.mark.parametrize(("fsdp", "pieces"), [(1, 1), (8, 8)])
-def test_what_all_devices_hold_is_written_once_and_what_is_split_in_parts(tmp_path, fsdp, pieces):
+@pytest.mark.parametrize(("fsdp", "whole_bytes", "pieces"), [(1, 2**18, 1), (1, 2**17, 8), (8, 2**18, 8)])
+def test_what_all_devices_hold_is_written_once_unless_it_is_large_or_split(
+    tmp_path, monkeypatch, fsdp, whole_bytes, pieces
+):
+    monkeypatch.setattr(checkpoint, "_WHOLE_BYTES", whole_bytes)
     state = make_state({"kernel": jnp.ones((128, 256))}, OptimiserConfig())
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, sharding.place(sharding.make_mesh(fsdp=fsdp), state), {})

@@ -46,8 +46,7 @@ def kernel_distance(
             squared_mmd(samples[x].astype(np.float64), reference[y].astype(np.float64))
             for x, y in zip(of_samples, of_reference, strict=True)
         ]
-    of_one = samples[of_samples[0]].astype(np.float64), reference[of_reference[0]].astype(np.float64)
-    error = standard_error(*of_one, len(samples))
+    error = standard_error(samples[of_samples[0]].astype(np.float64), reference.astype(np.float64), len(samples))
     return KernelDistance(float(np.mean(estimates)), float(np.std(estimates)), subsets, error)
 
 
@@ -92,10 +91,12 @@ def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
 def standard_error(x: np.ndarray, y: np.ndarray, count: int) -> float:
     """Standard deviation of MMD² over draws of `count` samples, told by x f64[n,D] of them; the reference stays y.
 
-    To first order 2 std(h)/√count, h(x) = E k(x, x') - E k(x, y) (arXiv 1611.04488, section 2: the term of 1/count).
+    2 std(h)/√count, h(x) = E k(x, x') - E k(x, y): the first term of Hoeffding's decomposition. As E k(x, x') is
+    a mean over n it is too large for a model that is the data to within that, by a third at n = 576 and D = 16.
     """
     own = _kernel(x, x)
-    h = (own.sum(1) - own.diagonal()) / (len(x) - 1) - _kernel(x, y).mean(1)
+    with_y = np.concatenate([_kernel(x[start : start + _BLOCK], y).mean(1) for start in range(0, len(x), _BLOCK)])
+    h = (own.sum(1) - own.diagonal()) / (len(x) - 1) - with_y
     return float(2 * h.std() / np.sqrt(count))
 
 
