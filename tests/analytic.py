@@ -1,14 +1,8 @@
 """Denoisers in closed form, as oracles: everything Gaussian, so every flow map is linear and known."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 
 from guided_distill import diffusion
-
-# For programs that run once: with XLA's optimisation they take longer to compile than all else a test does.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 
 
 def constant(mean, std):

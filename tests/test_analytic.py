@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from analytic import quick_jit
 from test_samplers import GUIDED
 
 from guided_distill import analytic, diffusion, samplers
@@ -84,10 +83,10 @@ def test_posterior_mean_is_the_integral_over_x(schedule, spec):
 def test_one_gaussian_a_class_is_the_gaussian_denoiser(schedule):
     means = [-1.0, 0.5, 1.0]
     teacher = analytic.mixture_teacher(schedule, [[[m, m]] for m in means], [[0.4]] * 3)
-    plain = quick_jit(dataclasses.replace(teacher, null_cond=None).denoiser(teacher.params))
+    plain = jax.jit(dataclasses.replace(teacher, null_cond=None).denoiser(teacher.params))
     z, logsnr = jnp.asarray(noise(60)), jnp.linspace(-20.0, 20.0, 60)
     cond = {"label": jnp.arange(60) % 3}
-    expected = quick_jit(gaussians.gaussian(schedule, gaussians.classes(means, 0.4, 0.0)))(z, logsnr, cond)
+    expected = jax.jit(gaussians.gaussian(schedule, gaussians.classes(means, 0.4, 0.0)))(z, logsnr, cond)
     for got, part in zip(plain(z, logsnr, cond), expected, strict=True):
         np.testing.assert_allclose(got, part, atol=2e-6)
 
@@ -118,7 +117,7 @@ def test_eps_is_minus_sigma_times_the_score(schedule):
         of_class = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])[label]
         return jnp.log((of_class * (params["weight"] * density).sum(-1)).sum())
 
-    @quick_jit
+    @jax.jit
     def both(z, label, alpha, sigma):
         own = analytic.log_density(params, z, label, alpha, sigma), analytic.posterior(params, z, label, alpha, sigma)
         return own, jax.vmap(jax.value_and_grad(log_p))(z, label, alpha, sigma)
@@ -132,7 +131,7 @@ def test_eps_is_minus_sigma_times_the_score(schedule):
 def test_finite_in_float32_at_both_ends_and_far_from_everything():
     z = np.concatenate([noise(6), 1e4 * noise(6)])
 
-    @quick_jit
+    @jax.jit
     def raw_outputs(label):
         return [
             in_plane(schedule).model_fn(
@@ -162,7 +161,7 @@ def test_a_component_without_weight_does_not_exist():
 @each_schedule
 def test_guided_teacher_is_the_combination_for_every_row_alone(schedule):
     teacher = in_plane(schedule)
-    denoiser = quick_jit(lambda *inputs: teacher.denoiser(teacher.params)(*inputs))
+    denoiser = jax.jit(lambda *inputs: teacher.denoiser(teacher.params)(*inputs))
     z, cond = noise(30), make_cond(30, 3)
     logsnr = schedule.logsnr(np.linspace(0.05, 0.95, 30)).astype(np.float32)
     at = schedule.alpha_sigma(logsnr.astype(float))
@@ -257,7 +256,7 @@ def test_deterministic_sampler_tends_to_the_solution_to_first_order(schedule):
     teacher, z, cond = in_plane(schedule), noise(30), make_cond(30, 3)
     exact = analytic.solve_guided_ode(teacher, z, cond, 150)
 
-    @quick_jit
+    @jax.jit
     def sample(params, grid, z, cond, num_steps):
         return samplers.deterministic(teacher.denoiser(params), grid, z, cond, num_steps)
 
@@ -341,7 +340,7 @@ def test_loss_of_both_stages_is_zero_for_the_guided_teacher_and_its_two_steps(sc
     knobs = Knobs(np.int32(4), np.int32(1), np.float32(0.0), np.float32(0.0), np.float32(4.0), grid)
     x, label = (array[:num] for array in analytic.make_mixture2d_data()["test"])
 
-    @quick_jit
+    @jax.jit
     def losses(params, batch, knobs, keys):
         guided = teacher.denoiser(params)
         unguided = dataclasses.replace(teacher, null_cond=None).denoiser(params)

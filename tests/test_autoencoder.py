@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from analytic import quick_jit
 
 from guided_distill.models.autoencoder import AUTOENCODERS, Autoencoder, AutoencoderConfig, tiled_decode
 
@@ -33,7 +32,7 @@ def trained(config):
 
 @functools.cache
 def method(config, name):
-    return quick_jit(lambda *args: Autoencoder(config).apply({"params": trained(config)}, *args, method=name))
+    return jax.jit(lambda *args: Autoencoder(config).apply({"params": trained(config)}, *args, method=name))
 
 
 @pytest.mark.parametrize("name, count", [("sd", 83_653_863), ("vq_f4", 55_322_782)])
@@ -56,7 +55,7 @@ def test_decoding_undoes_the_scale():
     z = np.random.default_rng(3).normal(size=(2, 4, 6, 2)).astype(np.float32)
     unscaled = dataclasses.replace(TINY, scale=1.0)
     params = {"params": trained(TINY)}
-    expected = quick_jit(lambda z: Autoencoder(unscaled).apply(params, z, method="decode"))(z / 0.18215)
+    expected = jax.jit(lambda z: Autoencoder(unscaled).apply(params, z, method="decode"))(z / 0.18215)
     got = method(TINY, "decode")(z)
     assert got.shape == X.shape and got.dtype == jnp.float32
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
@@ -83,7 +82,7 @@ def test_codes_are_the_nearest_and_decoding_starts_from_them():
 def test_bfloat16_is_near_and_comes_out_as_float32():
     half = dataclasses.replace(TINY, dtype="bfloat16")
     z = np.random.default_rng(3).normal(size=(2, 4, 6, 2)).astype(np.float32)
-    got = quick_jit(lambda z: Autoencoder(half).apply({"params": trained(TINY)}, z, method="decode"))(z)
+    got = jax.jit(lambda z: Autoencoder(half).apply({"params": trained(TINY)}, z, method="decode"))(z)
     expected = method(TINY, "decode")(z)
     assert got.dtype == jnp.float32
     assert 0.0 < float(jnp.abs(got - expected).max() / jnp.abs(expected).max()) < 0.1

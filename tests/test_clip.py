@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from analytic import quick_jit
 
 from guided_distill.errors import UserError
 from guided_distill.interop.clip_tokenizer import END, START, read_tokenizer
@@ -47,7 +46,7 @@ def test_vit_l14_has_its_published_number_of_parameters():
 
 def test_a_word_changes_states_from_its_place_on_and_nothing_behind_the_end_changes_the_embedding():
     module = clip.TextEncoder(TEXT)
-    params, run = trained(module, TOKENS), quick_jit(module.apply)
+    params, run = trained(module, TOKENS), jax.jit(module.apply)
     states, embedding = run(params, TOKENS)
     assert states.shape == (2, 6, 8) and embedding.shape == (2, 5)
     other, _ = run(params, np.where(np.arange(6) == 3, 9, TOKENS))
@@ -63,7 +62,7 @@ def test_a_word_changes_states_from_its_place_on_and_nothing_behind_the_end_chan
 
 def test_the_image_tower_sees_every_patch_and_where_it_is():
     module, x = clip.VisionEncoder(VISION), np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype(np.float32)
-    params, run = trained(module, x), quick_jit(module.apply)
+    params, run = trained(module, x), jax.jit(module.apply)
     before = run(params, x)
     assert before.shape == (2, 5)
     for row, column in ((0, 0), (5, 2), (7, 7)):

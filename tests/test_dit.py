@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from analytic import quick_jit
 from flax import traverse_util
 
 from guided_distill.models import BACKBONES, make_model_fn
@@ -42,7 +41,7 @@ def abstract(config, z=Z):
 
 @functools.cache
 def initial(config):
-    return quick_jit(DiT(config).init)(jax.random.key(0), Z, LOGSNR, COND["label"], COND["w"])["params"]
+    return jax.jit(DiT(config).init)(jax.random.key(0), Z, LOGSNR, COND["label"], COND["w"])["params"]
 
 
 def trained(tree):
@@ -53,14 +52,14 @@ def trained(tree):
 
 @functools.cache
 def compiled(config):
-    return quick_jit(make_model_fn(DiT(config)))
+    return jax.jit(make_model_fn(DiT(config)))
 
 
 def apply(config, params, *, z=Z, cond=COND):
     return compiled(config)(params, z, LOGSNR, cond)
 
 
-_BLOCK = quick_jit(Block(TINY).apply)
+_BLOCK = jax.jit(Block(TINY).apply)
 
 
 def block(params, tokens):
@@ -251,7 +250,7 @@ def test_remat_changes_neither_parameters_nor_values_nor_gradients():
         out = make_model_fn(DiT(config))(params, Z, LOGSNR, COND, dropout_key=jax.random.key(3))
         return (out**2).mean(), out
 
-    (_, out), gradient = quick_jit(jax.value_and_grad(functools.partial(loss, config), has_aux=True))(params)
+    (_, out), gradient = jax.jit(jax.value_and_grad(functools.partial(loss, config), has_aux=True))(params)
     np.testing.assert_allclose(out, apply(TINY, params), rtol=1e-4, atol=1e-4)
     ahead, behind = (
         np.float64(apply(TINY, jax.tree.map(lambda leaf, g, h=h: leaf + h * np.sign(g), params, gradient)) ** 2).mean()

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from analytic import quick_jit
 from flax import traverse_util
 
 from guided_distill.models import BACKBONES, make_model_fn
@@ -32,7 +31,7 @@ def abstract(module, z=Z):
 
 @functools.cache
 def initial(config):
-    return quick_jit(MLP(config).init)(jax.random.key(0), Z, LOGSNR, COND["label"], COND["w"])["params"]
+    return jax.jit(MLP(config).init)(jax.random.key(0), Z, LOGSNR, COND["label"], COND["w"])["params"]
 
 
 def trained(config):
@@ -43,7 +42,7 @@ def trained(config):
 
 @functools.cache
 def compiled(config):
-    return quick_jit(make_model_fn(MLP(config)))
+    return jax.jit(make_model_fn(MLP(config)))
 
 
 def apply(config, params, *, z=Z, logsnr=LOGSNR, cond=COND):

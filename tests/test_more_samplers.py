@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from analytic import quick_jit
 
 from guided_distill import diffusion, samplers
 from guided_distill.guidance import classifier_free
@@ -60,7 +59,7 @@ def compiled(name):
     """((grid, z [2 * len(W), 1], num_steps) -> x of the classes of GUIDED, log-SNRs of its calls, its traces)."""
     calls, traces = [], []
 
-    @quick_jit
+    @jax.jit
     def sample(grid, z, num_steps):
         traces.append(name)
         teacher = classifier_free(
@@ -129,7 +128,7 @@ def impulses(monkeypatch, sampler, make_denoiser, most):
     monkeypatch.setattr(samplers, "step_noise", lambda keys, i, like: jnp.where(keys == i, 1.0, 0.0)[:, None])
     row = jnp.arange(-1, most + 1)
 
-    @quick_jit
+    @jax.jit
     def sample(grid, num_steps):
         z = jnp.where(row == 0, 1.0, 0.0)[:, None]
         return sampler(make_denoiser(Tabulated(grid), num_steps), grid, z, {}, num_steps, row)
@@ -254,7 +253,7 @@ def test_order_of_the_path_from_t_1_to_the_last_evaluation(schedule, expected):
 
 
 def test_encoding_with_the_exact_flow_map_is_exact_at_every_number_of_steps():
-    @quick_jit
+    @jax.jit
     def sample(grid, num_steps):
         encoder = analytic.exact_encoder(Tabulated(grid), analytic.constant(MEAN, STD), num_steps)
         return samplers.encode(encoder, grid, jnp.array([[0.0], [1.0]]), {}, num_steps)[:, 0]
@@ -316,7 +315,7 @@ def make_sample(names):
     grid = jax.tree.map(jnp.asarray, diffusion.make_grid(COSINE, 4))
     keys, z = jax.random.split(jax.random.key(0), 8), np.linspace(-2.0, 2.0, 24, dtype=np.float32).reshape(8, 3)
 
-    @quick_jit
+    @jax.jit
     def sample(keys, z, clip):
         return {name: samplers.SAMPLERS[name](denoiser, grid, z, {}, 4, keys, clip=clip) for name in names}
 
@@ -343,7 +342,7 @@ def test_image_k_has_the_same_bits_in_any_batch():
 
 
 def test_noise_of_a_step_is_standard_normal_and_unlike_that_of_other_steps_and_the_initial_one():
-    @quick_jit
+    @jax.jit
     def drawn(seed):
         keys = jax.random.split(jax.random.key(seed), 500)
         initial = samplers.initial_noise(keys, (4, 4))

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from analytic import quick_jit
 
 from guided_distill.models.norm import GroupNorm
 
@@ -41,7 +40,7 @@ def values_and_gradients(norm, dtype, x, g):
         return value, pullback(g)
 
     every = [(swish, conditions) for swish in (False, True) for conditions in ((), (SCALE, SHIFT))]
-    return quick_jit(lambda: {f"{swish}, {bool(conditions)}": of(swish, conditions) for swish, conditions in every})()
+    return jax.jit(lambda: {f"{swish}, {bool(conditions)}": of(swish, conditions) for swish, conditions in every})()
 
 
 @pytest.mark.parametrize("dtype, rtol", [("float32", 2e-6), ("bfloat16", 2e-2)])

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from analytic import quick_jit
 
 from guided_distill import diffusion
 from guided_distill.guidance import classifier_free
@@ -77,7 +76,7 @@ class Recorder:
 @functools.cache
 def recording(objective):
     apply = {name: Recorder(analytic.gaussian(COSINE, MOMENTS)) for name in ("student", "teacher")}
-    return apply, quick_jit(lambda batch, knobs, keys: objective(apply, COSINE, batch, knobs, keys)[0])
+    return apply, jax.jit(lambda batch, knobs, keys: objective(apply, COSINE, batch, knobs, keys)[0])
 
 
 def record(objective, **knobs):
@@ -114,7 +113,7 @@ def test_loss_of_an_example_depends_on_its_own_key_and_data_alone():
     apply = {"student": analytic.gaussian(COSINE, analytic.constant(0.3, 0.4)), "teacher": teacher}
     apply["target_ema"] = analytic.gaussian(COSINE, analytic.constant(0.2, 0.4))
 
-    @quick_jit
+    @jax.jit
     def losses(batch, keys):
         knobs = make_knobs_on_device()
         return {name: objective(apply, COSINE, batch, knobs, keys)[0] for name, objective in OBJECTIVES.items()}
@@ -144,7 +143,7 @@ def told(schedule):
     """{name of the objective: what its student is given for one batch of B: (z, logsnr, cond)}."""
     network = analytic.gaussian(schedule, MOMENTS)
 
-    @quick_jit
+    @jax.jit
     def calls_of_students(batch, knobs, keys):
         calls = {}
         for name, objective in OBJECTIVES.items():
@@ -208,7 +207,7 @@ def test_gradients_reach_the_student_and_no_other_network():
         }
         return objective(apply, COSINE, make_batch(8), make_knobs_on_device(), make_keys(8))[0].sum()
 
-    @quick_jit
+    @jax.jit
     def gradients(means):
         return {name: jax.grad(total)(means, objective) for name, objective in OBJECTIVES.items()}
 
@@ -231,7 +230,7 @@ def test_weighting_is_a_function_of_the_snr_times_the_error_of_x(make):
 
     apply = {"student": student, "teacher": lambda z, logsnr, cond: as_prediction(jnp.zeros_like(z), z, logsnr)}
 
-    @quick_jit
+    @jax.jit
     def losses(keys):
         told.clear()
         every = [
@@ -285,7 +284,7 @@ def test_denoising_loss_is_least_for_the_posterior_mean():
     x = 0.2 + 0.5 * jax.random.normal(jax.random.key(2), (4000, 3))
     batch, objective = {"x": x, "label": jnp.zeros(4000, jnp.int32)}, denoise(weighting="constant")
 
-    @quick_jit
+    @jax.jit
     def loss(scale, shift):
         def student(z, logsnr, cond, *, dropout_key=None):
             x_hat = scale * best(z, logsnr, cond).x + shift
@@ -304,7 +303,7 @@ def test_stage_one_is_zero_for_the_guided_teacher_and_only_for_it(schedule):
     conditional = analytic.gaussian(schedule, MOMENTS)
     guided = classifier_free(conditional, null_cond)
 
-    @quick_jit
+    @jax.jit
     def losses(batch, knobs, keys):
         return [
             OBJECTIVES["stage1"]({"student": student, "teacher": guided}, schedule, batch, knobs, keys)[0]
@@ -336,7 +335,7 @@ def test_second_prediction_is_made_where_the_first_ddim_step_lands():
 
 
 def test_draws_of_one_key_are_independent_and_belong_to_the_key():
-    @quick_jit
+    @jax.jit
     def drawn(keys):
         uniform = [draws.uniform(lot, 2.0, 3.0) for lot in draws.split_examples(keys, 2)]
         return *uniform, draws.randint(keys, 1, 4), draws.normal_like(keys, jnp.zeros((len(keys), 2, 2)))
@@ -352,7 +351,7 @@ def test_draws_of_one_key_are_independent_and_belong_to_the_key():
 
 def test_a_margin_gives_both_ends_their_share_and_leaves_the_rest_uniform():
     knobs = dataclasses.replace(make_knobs(w_min=1.0, w_max=3.0), w_margin=np.float32(0.5))
-    w = np.asarray(quick_jit(draws.strengths)(make_keys(), knobs))
+    w = np.asarray(jax.jit(draws.strengths)(make_keys(), knobs))
     low, high, inside = w == 1.0, w == 3.0, (w > 1.0) & (w < 3.0)
     assert (low | high | inside).all()
     # A third of all draws falls outside, half of it at each end.

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from analytic import quick_jit
 
 from guided_distill import diffusion, samplers
 from guided_distill.guidance import classifier_free
@@ -29,7 +28,7 @@ def mean_and_std(sample, batch=1):
 
 @pytest.mark.parametrize("schedule", SCHEDULES[:2], ids=str)
 def test_exact_flow_map_samples_exactly_at_every_number_of_steps(schedule):
-    @quick_jit
+    @jax.jit
     def sample(grid, z, num_steps):
         student = analytic.exact_student(schedule, analytic.constant(0.5, 0.2), num_steps)
         return samplers.deterministic(student, grid, z, {}, num_steps)
@@ -42,7 +41,7 @@ def test_exact_flow_map_samples_exactly_at_every_number_of_steps(schedule):
 def test_ddim_std_of_a_gaussian():
     denoiser = analytic.gaussian(COSINE, analytic.constant(0.5, 0.2))
     grid = jax_grid(COSINE, 1024)
-    sample = quick_jit(lambda z, num_steps: samplers.deterministic(denoiser, grid, z, {}, num_steps))
+    sample = jax.jit(lambda z, num_steps: samplers.deterministic(denoiser, grid, z, {}, num_steps))
     table = {2: 0.03846, 4: 0.08336, 8: 0.13083, 16: 0.16314, 64: 0.19021, 256: 0.19751, 1024: 0.19937}
     for num_steps, expected in table.items():
         mean, std = mean_and_std(lambda z, n=num_steps: sample(z, n))
@@ -55,7 +54,7 @@ def test_perfect_halving_keeps_the_moments_of_its_teacher():
         teacher = analytic.two_step_student(COSINE, teacher, num_steps)
         grid = jax_grid(COSINE, num_steps)
         mean, std = mean_and_std(
-            quick_jit(lambda z, n=num_steps, d=teacher, g=grid: samplers.deterministic(d, g, z, {}, n))
+            jax.jit(lambda z, n=num_steps, d=teacher, g=grid: samplers.deterministic(d, g, z, {}, n))
         )
         assert (mean.item(), std.item()) == pytest.approx((0.5, 0.13083), abs=1e-4)
 
@@ -75,7 +74,7 @@ def test_guided_gaussian_follows_its_table_and_tends_to_the_exact_flow():
     moments = analytic.classes([1.0], 0.5, 0.75**0.5)
     teacher = classifier_free(analytic.gaussian(COSINE, moments), lambda cond: {"label": jnp.ones_like(cond["label"])})
     grid = jax_grid(COSINE, 1024)
-    sample = quick_jit(lambda z, num_steps: samplers.deterministic(teacher, grid, z, cond, num_steps))
+    sample = jax.jit(lambda z, num_steps: samplers.deterministic(teacher, grid, z, cond, num_steps))
     exact = np.array([row[0] for row in GUIDED.values()]).T
     np.testing.assert_allclose(exact[1], 0.5 ** (1 + np.array([*GUIDED])), atol=1e-6)
     for column, num_steps in enumerate([1024, 64, 16], 1):
@@ -102,7 +101,7 @@ def test_n_steps_are_n_calls_at_the_times_i_over_n_and_one_compilation(schedule)
     calls, traces = [], []
     denoiser = recorded(analytic.gaussian(schedule, analytic.constant(0.0, 1.0)), calls)
 
-    @quick_jit
+    @jax.jit
     def sample(grid, z, num_steps):
         traces.append(num_steps)
         return samplers.deterministic(denoiser, grid, z, {}, num_steps)
@@ -137,13 +136,13 @@ def test_clip_keeps_every_prediction_in_bounds_and_moves_on_from_the_clipped_one
     denoiser = analytic.gaussian(COSINE, analytic.constant(0.9, 0.1))
     grid = jax_grid(COSINE, 4)
     z = samplers.initial_noise(samplers.image_keys(0, jnp.arange(64)), (2,))
-    sample = quick_jit(lambda z, clip: samplers.deterministic(denoiser, grid, z, {}, 4, clip=clip))
-    unclipped = quick_jit(lambda z: samplers.deterministic(denoiser, grid, z, {}, 4))(z)
+    sample = jax.jit(lambda z, clip: samplers.deterministic(denoiser, grid, z, {}, 4, clip=clip))
+    unclipped = jax.jit(lambda z: samplers.deterministic(denoiser, grid, z, {}, 4))(z)
     assert float(unclipped.min()) > bound
     np.testing.assert_allclose(sample(z, bound), bound, atol=1e-7)
     np.testing.assert_allclose(sample(z, 100.0), unclipped, atol=1e-5)
 
-    clipped = quick_jit(lambda z: samplers.predict(denoiser, z, grid.at(3), {}, bound))(z)
+    clipped = jax.jit(lambda z: samplers.predict(denoiser, z, grid.at(3), {}, bound))(z)
     np.testing.assert_allclose(clipped.x, bound, atol=1e-7)
     np.testing.assert_allclose(diffusion.diffuse(*clipped, grid.alpha[3], grid.sigma[3]), z, atol=1e-6)
 
@@ -151,8 +150,8 @@ def test_clip_keeps_every_prediction_in_bounds_and_moves_on_from_the_clipped_one
 # Noise and labels
 
 DRAWS = {
-    "noise": quick_jit(lambda seed, k: samplers.initial_noise(samplers.image_keys(seed, k), (4, 4, 1))),
-    "label": quick_jit(lambda seed, k: samplers.random_labels(samplers.image_keys(seed, k), 10)),
+    "noise": jax.jit(lambda seed, k: samplers.initial_noise(samplers.image_keys(seed, k), (4, 4, 1))),
+    "label": jax.jit(lambda seed, k: samplers.random_labels(samplers.image_keys(seed, k), 10)),
 }
 
 

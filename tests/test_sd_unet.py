@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from analytic import quick_jit
 from flax import traverse_util
 
 from guided_distill.diffusion import DiscreteBetas
@@ -62,7 +61,7 @@ def trained(tree):
 
 @functools.cache
 def compiled(config):
-    return quick_jit(make_model_fn(SDUNet(config)))
+    return jax.jit(make_model_fn(SDUNet(config)))
 
 
 # Sizes
@@ -91,7 +90,7 @@ def test_published_number_of_parameters(name, count):
 
 def test_a_student_at_the_start_is_its_teacher_to_the_bit_for_any_w():
     teacher = trained(abstract(TINY))
-    fresh = quick_jit(SDUNet(of_w(TINY)).init)(KEY, Z, LOGSNR, None, W["w"], **TEXT)["params"]
+    fresh = jax.jit(SDUNet(of_w(TINY)).init)(KEY, Z, LOGSNR, None, W["w"], **TEXT)["params"]
     flat_teacher, flat_fresh = (traverse_util.flatten_dict(tree, sep="/") for tree in (teacher, fresh))
     assert flat_fresh.keys() - flat_teacher.keys() == {"embedding/w/kernel"}
     student = traverse_util.unflatten_dict(flat_fresh | flat_teacher, sep="/")
@@ -104,7 +103,7 @@ def test_a_student_at_the_start_is_its_teacher_to_the_bit_for_any_w():
 
 
 def test_a_new_network_says_zero():
-    params = quick_jit(SDUNet(TINY).init)(KEY, Z, LOGSNR, None, None, **TEXT)["params"]
+    params = jax.jit(SDUNet(TINY).init)(KEY, Z, LOGSNR, None, None, **TEXT)["params"]
     np.testing.assert_array_equal(compiled(TINY)(params, Z, LOGSNR, TEXT), np.zeros_like(Z))
 
 
@@ -187,7 +186,7 @@ def test_remat_changes_neither_output_nor_gradient():
         return (make_model_fn(SDUNet(config))(params, Z, LOGSNR, TEXT) ** 2).sum()
 
     configs = TINY, dataclasses.replace(TINY, remat=True)
-    (a, grad_a), (b, grad_b) = (quick_jit(jax.value_and_grad(functools.partial(loss, c)))(params) for c in configs)
+    (a, grad_a), (b, grad_b) = (jax.jit(jax.value_and_grad(functools.partial(loss, c)))(params) for c in configs)
     np.testing.assert_allclose(a, b, rtol=1e-6)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), grad_a, grad_b)
 

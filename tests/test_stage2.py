@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from analytic import quick_jit
 from test_objectives import COSINE, MOMENTS, NULL, OBJECTIVES, SCHEDULES, make_batch, make_knobs, null_cond
 
 from guided_distill import diffusion, samplers
@@ -77,7 +76,7 @@ def test_loss_is_zero_for_the_exact_composite_of_the_teachers_steps_in_one_compi
     objective, path = LESSONS[name]
     teacher, traces = analytic.gaussian(schedule, lambda cond: (cond["w"] - 1.0, 0.5 + 0.1 * cond["label"])), []
 
-    @quick_jit
+    @jax.jit
     def losses(batch, knobs, keys, composite_steps):
         traces.append(knobs)
         student = analytic.composite_student(schedule, teacher, *path(composite_steps))
@@ -97,7 +96,7 @@ def test_loss_is_zero_for_the_exact_composite_of_the_teachers_steps_in_one_compi
 def test_every_lesson_keeps_the_exact_flow_map():
     moments = analytic.constant(0.5, 0.2)
 
-    @quick_jit
+    @jax.jit
     def losses(batch, knobs, keys, n):
         grouped = analytic.flow_student(COSINE, moments, group_start(n))
         students = {
@@ -128,7 +127,7 @@ def test_perfect_chain_ends_in_the_one_step_that_does_what_all_steps_of_its_firs
     sampler = samplers.encode if series == "encode" else samplers.deterministic
     grid = jax.tree.map(jnp.asarray, diffusion.make_grid(COSINE, 16))
 
-    @quick_jit
+    @jax.jit
     def run(batch, keys, z):
         teacher, losses = first, []
         for num_steps in (2, 1):
@@ -166,7 +165,7 @@ def target_reader(objective, schedule, offset):
 
     apply = {"student": student, "teacher": coded(schedule, 0.0), "target_ema": coded(schedule, offset)}
 
-    @quick_jit
+    @jax.jit
     def read(batch, knobs, keys):
         told.clear()
         loss, named = objective(apply, schedule, batch, knobs, keys)
@@ -261,7 +260,7 @@ def test_a_consistency_function_is_a_fixed_point_and_one_of_other_steps_is_not(s
     objective = make_consistency(weighting="snr_trunc", num_times=8)
     teacher = analytic.gaussian(schedule, lambda cond: (cond["w"] - 1.0, 0.5 + 0.1 * cond["label"]))
 
-    @quick_jit
+    @jax.jit
     def losses(batch, knobs, keys):
         students = [analytic.composite_student(schedule, teacher, 1 / n, n, to_clean) for n in (8, 4)]
         return [
@@ -276,7 +275,7 @@ def test_a_consistency_function_is_a_fixed_point_and_one_of_other_steps_is_not(s
 def test_the_end_of_the_flow_is_a_consistency_function_of_a_teacher_that_follows_it():
     objective, moments = make_consistency(weighting="snr_trunc", num_times=8), analytic.constant(0.5, 0.2)
 
-    @quick_jit
+    @jax.jit
     def loss(batch, knobs, keys):
         teacher = analytic.exact_student(COSINE, moments, 8)
         end = analytic.flow_student(COSINE, moments, to_clean)
@@ -310,7 +309,7 @@ def test_two_students_are_taught_by_their_guided_combination_and_not_told_w():
 
     teacher = classifier_free(analytic.gaussian(COSINE, MOMENTS), null_cond)
 
-    @quick_jit
+    @jax.jit
     def losses(batch, knobs, keys):
         return [
             OBJECTIVES[name]({"student": student, "teacher": teacher}, COSINE, batch, knobs, keys)[0]
@@ -340,7 +339,7 @@ def test_a_clipped_target_keeps_to_the_range_and_an_unclipped_one_does_not(name)
 
     plain = Teacher(model_fn, None, COSINE, "v", None, num_classes=NULL, sample_shape=(3,), data_range=0.5)
 
-    @quick_jit
+    @jax.jit
     def losses(batch, knobs, keys):
         own = plain.denoiser(0.5)
         return [

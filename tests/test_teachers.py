@@ -97,7 +97,7 @@ def test_stage_one_learns_any_of_them_as_it_is(combine):
     batch = {"x": Z, "label": COND["label"]}
     guided = combined.denoiser(combined.params)
 
-    @oracles.quick_jit
+    @jax.jit
     def losses(keys):
         plain = teacher(0.3, 0.2).denoiser(teacher(0.3, 0.2).params)
         objective = make_stage1(weighting="v_mse")

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from analytic import quick_jit
 from flax import traverse_util
 
 from guided_distill import costs, diffusion
@@ -70,7 +69,7 @@ def abstract(config):
 
 @functools.cache
 def initial(config):
-    return quick_jit(UNet(config).init)(jax.random.key(0), Z, LOGSNR, COND["label"], COND["w"])["params"]
+    return jax.jit(UNet(config).init)(jax.random.key(0), Z, LOGSNR, COND["label"], COND["w"])["params"]
 
 
 def trained(config):
@@ -81,7 +80,7 @@ def trained(config):
 
 @functools.cache
 def compiled(config):
-    return quick_jit(make_model_fn(UNet(config)))
+    return jax.jit(make_model_fn(UNet(config)))
 
 
 def apply(config, params, *, cond=COND, dropout_key=None):
@@ -215,7 +214,7 @@ def test_remat_changes_neither_parameters_nor_gradients(policy):
         def loss(params):
             return (model_fn(params, Z, LOGSNR, COND, dropout_key=jax.random.key(3)) ** 2).mean()
 
-        return str(jax.make_jaxpr(loss)(params)), flat(quick_jit(jax.grad(loss))(params))
+        return str(jax.make_jaxpr(loss)(params)), flat(jax.jit(jax.grad(loss))(params))
 
     (plain_program, plain), (remat_program, remat) = gradient(False), gradient(True)
     for path, leaf in plain.items():

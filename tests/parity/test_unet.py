@@ -11,7 +11,6 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from analytic import quick_jit
 
 from benchmarks import unet_torch
 from guided_distill.models import UNet, UNetConfig, make_model_fn
@@ -44,9 +43,9 @@ def test_values_and_gradients_agree_with_pytorch(config):
     unet_torch.load_flax(model.eval(), params)
     z = torch.tensor(x).movedim(-1, 1).requires_grad_()
     theirs = model(z, torch.tensor(logsnr), torch.tensor(label).long())
-    np.testing.assert_allclose(quick_jit(ours)(x), theirs.detach().movedim(1, -1).numpy(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(ours)(x), theirs.detach().movedim(1, -1).numpy(), rtol=1e-4, atol=1e-4)
 
     (theirs**2).sum().backward()
-    gradient = quick_jit(jax.grad(lambda x: (ours(x) ** 2).sum()))(x)
+    gradient = jax.jit(jax.grad(lambda x: (ours(x) ** 2).sum()))(x)
     expected = z.grad.movedim(1, -1).numpy()
     np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
