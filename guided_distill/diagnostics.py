@@ -13,6 +13,7 @@ from guided_distill import compilation, diffusion, samplers, sharding
 from guided_distill.data import read_records
 from guided_distill.generate import cond_of
 from guided_distill.objectives import draws, stage2
+from guided_distill.stages import bound
 
 _EXAMPLES = 64
 _TIMES = 8  # of those a student is evaluated at, as many are looked at
@@ -42,10 +43,11 @@ def is_of(told, experiment, stage):
 def diagnose(run, stage):
     """{"gap_by_t": [[t, gap]], "gap_by_w", "clipped", "colour_drift": [[w, value]], ...} of a trained stage.
 
-    A gap is the mean square of x_student - x_tilde per value, x_tilde being where the teacher's steps lead. `clipped`
-    is the share of the student's values outside the data's range, `colour_drift` the root mean square over channels of
-    the mean difference to the teacher, `smoothness_over_w` the root mean square of second differences over that of
-    first ones at t = 1, `left` the share of the gap that the round opened with; too much of it makes a `warning`.
+    A gap is the mean square of x_student - x_tilde per value, x_tilde being where the teacher's steps lead, and with
+    config.clip_targets x_student what a sampler keeps of it. `clipped` is the share of values outside the data's range
+    before that, `colour_drift` the root mean square over channels of the mean difference to the teacher,
+    `smoothness_over_w` the root mean square of second differences over that of first ones at t = 1, `left` the share of
+    the gap that the round opened with; too much of it makes a `warning`.
     """
     parent = run.stage(stage.parent)
     params, teacher_params = run.params_of(stage), run.params_of(parent)
@@ -93,7 +95,8 @@ def _look_at(run, stage, parent, teacher_params):
     """(params, i, w) -> the values of one t = i/N and one w."""
     substeps = parent.num_steps // stage.num_steps if stage.series else 1
     series = "sto" if stage.series == "sto" else "det"
-    look = _make_look(stage.model, stage.teacher, series, substeps, run.mesh)
+    most = bound(run.experiment, stage.model)
+    look = _make_look(stage.model, stage.teacher, series, substeps, most, run.mesh)
     train = run.dataset.train
     batch = read_records(train, np.linspace(0, len(train) - 1, _examples(run)).astype(int))
     batch = sharding.spread(run.mesh, batch)
@@ -107,7 +110,7 @@ def _examples(run):
 
 
 @functools.cache
-def _make_look(student, teacher, series, substeps, mesh):
+def _make_look(student, teacher, series, substeps, most, mesh):
     """(params, teacher's params, batch, grid, N, i, w) -> {"gap", "clipped", "drift" [C]}, jitted."""
 
     def look(params, teacher_params, batch, grid, num_steps, i, w):
@@ -120,12 +123,15 @@ def _make_look(student, teacher, series, substeps, mesh):
         z = diffusion.diffuse(x, eps, at_t.alpha, at_t.sigma)
         x_tilde = stage2.target(teacher.denoiser(sharding.gathered(mesh, teacher_params)), z, cond, index, grid)
         x_hat = student.denoiser(sharding.gathered(mesh, params))(z, at_t.logsnr, cond).x
+        outside = jnp.abs(x_hat) > (student.data_range or jnp.inf)
+        if most is not None:
+            x_hat = jnp.clip(x_hat, -most, most)
         values = {
             "gap": diffusion.mean_square(x_hat - x_tilde).mean(),
             "drift": (x_hat - x_tilde).mean(tuple(range(x.ndim - 1))),
         }
         if student.data_range is not None:
-            values["clipped"] = (jnp.abs(x_hat) > student.data_range).mean()
+            values["clipped"] = outside.mean()
         return values
 
     options = compilation.compiler_options(mesh)

@@ -17,6 +17,7 @@ from guided_distill.objectives import (
     make_stage2,
     make_tract,
     make_two_student,
+    within_range,
 )
 from guided_distill.teachers import initial_params, make_model
 
@@ -103,6 +104,11 @@ def _taught_by(experiment, model):
     return guidance.clipped(model) if experiment.clip_targets else model
 
 
+def bound(experiment, model):
+    """Of what x_hat a student of this model learns, and of its own while it learns; None: there is none."""
+    return model.data_range if experiment.clip_targets else None
+
+
 def _whole_range(experiment):
     return (experiment.stage1.w_min, experiment.stage1.w_max)
 
@@ -174,7 +180,10 @@ def _stage1(experiment, guided, outside):
     return Stage(
         name="stage1",
         position=guided.position + 1,
-        objective=make_stage1(weighting=experiment.weighting, num_times=experiment.teacher.num_times),
+        objective=within_range(
+            make_stage1(weighting=experiment.weighting, num_times=experiment.teacher.num_times),
+            bound(experiment, model),
+        ),
         training=experiment.stage1,
         model=model,
         init=init,
@@ -193,7 +202,10 @@ def _consistency(experiment, stage1):
     return dataclasses.replace(
         stage1,
         name="stage2_consistency",
-        objective=make_consistency(weighting=experiment.weighting, num_times=config.teacher_steps),
+        objective=within_range(
+            make_consistency(weighting=experiment.weighting, num_times=config.teacher_steps),
+            bound(experiment, stage1.model),
+        ),
         training=dataclasses.replace(config, updates=config.updates_of(1), ema=config.self_ema),
         teacher_calls=stage1.teacher_calls + 1,
         num_steps=1,
@@ -236,6 +248,7 @@ def _rounds(experiment, first, series):
                     series,
                     substeps,
                     before.model.null_cond if series == "two" else None,
+                    bound(experiment, before.model),
                 ),
                 training=training,
                 parent=before.name,
@@ -253,14 +266,14 @@ def _rounds(experiment, first, series):
 
 
 @functools.cache  # rounds of one kind share the objective, hence the compiled step
-def _objective(weighting, series, substeps, null_cond):
+def _objective(weighting, series, substeps, null_cond, most):
     if series == "encode":
         return make_encode(weighting=weighting)
     if series == "two":
-        return make_two_student(weighting=weighting, null_cond=null_cond)
+        return make_two_student(weighting=weighting, null_cond=null_cond, bound=most)
     if series == "tract":
-        return make_tract(weighting=weighting, group=substeps)
-    return make_stage2(weighting=weighting, series=series, substeps=substeps)
+        return within_range(make_tract(weighting=weighting, group=substeps), most)
+    return within_range(make_stage2(weighting=weighting, series=series, substeps=substeps), most)
 
 
 def make_knobs(stage, grid, w_margin=0.0):

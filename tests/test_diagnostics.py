@@ -79,17 +79,18 @@ def test_a_student_like_its_teacher_has_lost_nothing():
         assert [t for t, _ in told["gap_by_t"]] == [i / stage.num_steps for i in range(1, stage.num_steps + 1)]
 
 
-def test_gap_clipping_and_drift_of_a_student_that_is_off_by_a_known_amount():
-    run = FakeRun(shifted(0.1))  # of stage k by 0.1 k w
+@pytest.mark.parametrize(("clip", "off"), [(False, 0.4), (True, 0.3)])  # 1.1 for 0.7, or the 1.0 that is sampled
+def test_gap_clipping_and_drift_of_a_student_that_is_off_by_a_known_amount(clip, off):
+    run = FakeRun(shifted(0.1), clip_targets=clip)  # of stage k by 0.1 k w
     told = diagnostics.diagnose(run, run.stage("stage2_det_0002"))
-    np.testing.assert_allclose(told["gap_by_w"], [[0.0, 0.0], [4.0, 0.4**2]], atol=1e-4)
-    np.testing.assert_allclose(told["colour_drift"], [[0.0, 0.0], [4.0, 0.4]], atol=1e-4)
+    np.testing.assert_allclose(told["gap_by_w"], [[0.0, 0.0], [4.0, off**2]], atol=1e-4)
+    np.testing.assert_allclose(told["colour_drift"], [[0.0, 0.0], [4.0, off]], atol=1e-4)
     np.testing.assert_allclose(told["clipped"], [[0.0, 0.0], [4.0, 1.0]])
-    np.testing.assert_allclose([gap for _, gap in told["gap_by_t"]], 0.08, atol=1e-3)
+    np.testing.assert_allclose([gap for _, gap in told["gap_by_t"]], off**2 / 2, atol=1e-3)
 
 
 def test_a_round_that_left_most_of_its_gap_is_warned_of():
-    run = FakeRun(shifted(0.0))
+    run = FakeRun(shifted(0.0), clip_targets=False)
     stage = run.stage("stage2_det_0001")
     # The teacher says 0.3 and the student, trained or not, its parameter times a tenth of w more.
     stage = dataclasses.replace(stage, model=dataclasses.replace(stage.model, model_fn=shifted(0.1)(stage)))

@@ -6,7 +6,7 @@ An Objective is made by a factory with its static options and called as
 
 `apply` holds denoisers ("student", where there is one the frozen "teacher", and for tract and consistency "target_ema",
 the student with the moving average of its weights), `batch` is {"x": [B, *S], and the fields of cond}, `knobs` what may
-change between rounds without recompiling.
+change between rounds without recompiling. `within_range` holds the networks of an objective to the data's range.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import dataclasses
 import jax
 
 from guided_distill import diffusion
+from guided_distill.objectives.clipping import within_range as within_range
 from guided_distill.objectives.consistency import make_consistency
 from guided_distill.objectives.denoise import make_denoise
 from guided_distill.objectives.encode import make_encode

@@ -10,7 +10,7 @@ def make_stage1(*, weighting, num_times=None):
     """omega(logsnr_t) || x_student(z_t, c, w) - x^w_teacher(z_t, c) ||^2, w ~ U[w_min, w_max] per example.
 
     t as the teacher was trained: U[0, 1] or i / num_times. Measured in v (see `denoise`). No label is dropped, and
-    nothing is clipped but by a teacher that clips (`guidance.clipped`).
+    nothing is clipped but by a teacher that clips (`guidance.clipped`) and, for one, `within_range`.
     """
 
     def objective(apply, schedule, batch, knobs, keys):
