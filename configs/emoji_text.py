@@ -30,10 +30,10 @@ def get_config():
         updates=2000, batch_size=32, learning_rate=1e-3, warmup=100, decay="linear", ema=0.999, cond_dropout=0.3
     )
     config.stage1.update(
-        updates=10_000, batch_size=32, learning_rate=1e-3, warmup=100, decay="linear", ema=0.99, w_max=8.0, w_margin=0.1
+        updates=6000, batch_size=32, learning_rate=1e-3, warmup=100, decay="linear", ema=0.99, w_max=8.0, w_margin=0.1
     )
     config.stage2.update(
-        teacher_steps=16, updates=1200, final_num_steps=(1, 2, 4), final_updates=1200, batch_size=32, learning_rate=6e-4
+        teacher_steps=16, updates=700, final_num_steps=(1, 2, 4), final_updates=700, batch_size=32, learning_rate=6e-4
     )
     config.evaluate.update(
         num_samples=576,
