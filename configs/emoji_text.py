@@ -8,8 +8,8 @@ from configs import common
 def get_config():
     """Every tenth caption is held out. The set is a TFDS set of `image` and `text`; see --mode=prepare_data.
 
-    A caption reaches the network through eight numbers and is dropped three times in ten: what a wider encoder makes of
-    1,719 captions the teacher learns by heart, and stage one has to learn again for every w.
+    A word is eight numbers, and three captions in ten are dropped: what a wider encoder makes of 1,719 captions the
+    teacher learns by heart, and stage one has to learn again for every w.
     """
     config = common.get_config()
     config.data.update(

@@ -16,6 +16,7 @@ _NAMES = {
     "models": ("make_model_fn",),
     "objectives": (
         "Knobs", "make_denoise", "make_encode", "make_stage1", "make_stage2", "make_tract", "make_two_student",
+        "within_range",
     ),
     "optim": ("OptimiserConfig",),
     "samplers": ("image_keys", "initial_noise"),

@@ -95,8 +95,8 @@ def _look_at(run, stage, parent, teacher_params):
     """(params, i, w) -> the values of one t = i/N and one w."""
     substeps = parent.num_steps // stage.num_steps if stage.series else 1
     series = "sto" if stage.series == "sto" else "det"
-    most = bound(run.experiment, stage.model)
-    look = _make_look(stage.model, stage.teacher, series, substeps, most, run.mesh)
+    within = bound(run.experiment, stage.model)
+    look = _make_look(stage.model, stage.teacher, series, substeps, within, run.mesh)
     train = run.dataset.train
     batch = read_records(train, np.linspace(0, len(train) - 1, _examples(run)).astype(int))
     batch = sharding.spread(run.mesh, batch)
@@ -110,7 +110,7 @@ def _examples(run):
 
 
 @functools.cache
-def _make_look(student, teacher, series, substeps, most, mesh):
+def _make_look(student, teacher, series, substeps, within, mesh):
     """(params, teacher's params, batch, grid, N, i, w) -> {"gap", "clipped", "drift" [C]}, jitted."""
 
     def look(params, teacher_params, batch, grid, num_steps, i, w):
@@ -123,15 +123,13 @@ def _make_look(student, teacher, series, substeps, most, mesh):
         z = diffusion.diffuse(x, eps, at_t.alpha, at_t.sigma)
         x_tilde = stage2.target(teacher.denoiser(sharding.gathered(mesh, teacher_params)), z, cond, index, grid)
         x_hat = student.denoiser(sharding.gathered(mesh, params))(z, at_t.logsnr, cond).x
-        outside = jnp.abs(x_hat) > (student.data_range or jnp.inf)
-        if most is not None:
-            x_hat = jnp.clip(x_hat, -most, most)
+        sampled = x_hat if within is None else jnp.clip(x_hat, -within, within)
         values = {
-            "gap": diffusion.mean_square(x_hat - x_tilde).mean(),
-            "drift": (x_hat - x_tilde).mean(tuple(range(x.ndim - 1))),
+            "gap": diffusion.mean_square(sampled - x_tilde).mean(),
+            "drift": (sampled - x_tilde).mean(tuple(range(x.ndim - 1))),
         }
         if student.data_range is not None:
-            values["clipped"] = outside.mean()
+            values["clipped"] = (jnp.abs(x_hat) > student.data_range).mean()
         return values
 
     options = compilation.compiler_options(mesh)

@@ -179,7 +179,7 @@ class Experiment:
     mesh: MeshConfig = MeshConfig()
     teacher_dtype: str = "float32"  # or "bfloat16", of the weights that are learned from, while they are learned from
     latent_model: str | None = None  # a folder of --mode=import, whose autoencoder the data are latents of
-    clip_targets: bool = False  # whether students learn x_hat as samplers, theirs and the teacher's, clip it
+    clip_targets: bool = False  # whether students learn x_hat as samplers clip it, see `stages.bound`
 
     def given(self, stage_name):
         """What the config names in place of training the stage of that name; None where it is trained."""

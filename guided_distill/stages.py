@@ -105,8 +105,17 @@ def _taught_by(experiment, model):
 
 
 def bound(experiment, model):
-    """Of what x_hat a student of this model learns, and of its own while it learns; None: there is none."""
-    return model.data_range if experiment.clip_targets else None
+    """Where the x_hat of `model` is clipped while it is trained as a student, as its samplers clip it; None: nowhere.
+
+    Not where an encoder learns from stage one: it runs on eps_hat as it is, and so needs x_hat to meet its targets.
+    """
+    clips = experiment.clip_targets and "encode" not in experiment.stage2.series
+    return model.data_range if clips else None
+
+
+def _learns_guidance(experiment, model):
+    objective = make_stage1(weighting=experiment.weighting, num_times=experiment.teacher.num_times)
+    return within_range(objective, bound(experiment, model))
 
 
 def _whole_range(experiment):
@@ -180,10 +189,7 @@ def _stage1(experiment, guided, outside):
     return Stage(
         name="stage1",
         position=guided.position + 1,
-        objective=within_range(
-            make_stage1(weighting=experiment.weighting, num_times=experiment.teacher.num_times),
-            bound(experiment, model),
-        ),
+        objective=_learns_guidance(experiment, model),
         training=experiment.stage1,
         model=model,
         init=init,
@@ -218,10 +224,12 @@ def _single_w(experiment, guided, w):
     whole = _stage1(experiment, guided, None)
     parameterisation, theirs = guided.model.parameterisation, guided.model
     model = make_model(experiment, w_conditioned=False, parameterisation=parameterisation, guided=False)
+    model = dataclasses.replace(model, schedule=theirs.schedule, data_range=theirs.data_range)
     return dataclasses.replace(
         whole,
         name=f"stage1_w{w:g}",
-        model=dataclasses.replace(model, schedule=theirs.schedule, data_range=theirs.data_range),
+        objective=_learns_guidance(experiment, model),
+        model=model,
         init=_init(experiment, False, parameterisation),
         w_range=(w, w),
         from_scratch=guided.objective is None,
@@ -266,14 +274,14 @@ def _rounds(experiment, first, series):
 
 
 @functools.cache  # rounds of one kind share the objective, hence the compiled step
-def _objective(weighting, series, substeps, null_cond, most):
+def _objective(weighting, series, substeps, null_cond, within):
     if series == "encode":
         return make_encode(weighting=weighting)
     if series == "two":
-        return make_two_student(weighting=weighting, null_cond=null_cond, bound=most)
+        return make_two_student(weighting=weighting, null_cond=null_cond, bound=within)
     if series == "tract":
-        return within_range(make_tract(weighting=weighting, group=substeps), most)
-    return within_range(make_stage2(weighting=weighting, series=series, substeps=substeps), most)
+        return within_range(make_tract(weighting=weighting, group=substeps), within)
+    return within_range(make_stage2(weighting=weighting, series=series, substeps=substeps), within)
 
 
 def make_knobs(stage, grid, w_margin=0.0):

@@ -281,6 +281,11 @@ def _check_given(config, name, path, create):
         lines = differing_keys(_what_it_is(config, name), _what_it_is(theirs, name))
         if lines:
             raise UserError(f"{key}: {stage_dir} is another model ({'; '.join(lines)})")
+        if name == "stage1" and _clips_students(theirs) and not _clips_students(config):
+            raise UserError(
+                f"{key}: {stage_dir} was trained to be clipped to the data's range; set config.clip_targets=True, and "
+                'leave "encode" out of config.stage2.series'
+            )
 
 
 def _check_imported(config, name, path):
@@ -342,6 +347,11 @@ def _what_it_is(config, name):
         found["stage1"] = {key: config["stage1"][key] for key in ("w_min", "w_max")}
         found["to_v"] = bool(config.get("to_v", {}).get("updates"))
     return found
+
+
+def _clips_students(config):
+    """Whether `stages.bound` is a number there."""
+    return bool(config.get("clip_targets")) and "encode" not in config["stage2"]["series"]
 
 
 def _check_same_config(run, config):

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_objectives import COSINE, MOMENTS, make_batch, make_keys, make_knobs_on_device, null_cond
+from tiny import quick_config
 
 from guided_distill import diffusion
-from guided_distill.guidance import classifier_free
+from guided_distill.experiment import from_config
+from guided_distill.guidance import Teacher, classifier_free
 from guided_distill.objectives import (
     make_consistency,
     make_stage1,
@@ -17,6 +19,7 @@ from guided_distill.objectives import (
     make_two_student,
     within_range,
 )
+from guided_distill.stages import make_stages
 
 OBJECTIVES = {
     "stage1": make_stage1(weighting="snr_trunc"),
@@ -38,11 +41,11 @@ def says(x):
 
 
 @jax.jit
-def losses_and_pulls(student, target):
+def losses_and_pulls(student, target, average):
     """{name: (loss, its derivative by the student's x_hat)} of networks that say the same everywhere."""
 
     def loss(student, objective):
-        apply = {"student": says(student), "teacher": says(target), "target_ema": says(target)}
+        apply = {"student": says(student), "teacher": says(target), "target_ema": says(average)}
         return objective(apply, COSINE, make_batch(64), make_knobs_on_device(), make_keys(64))[0].mean()
 
     kept = {name: within_range(objective, 1.0) for name, objective in OBJECTIVES.items()}
@@ -51,12 +54,12 @@ def losses_and_pulls(student, target):
 
 def test_beyond_the_end_that_the_target_is_at_nothing_is_left_to_learn():
     for student, target in ((1.0, 1.0), (1.5, 1.0), (-7.0, -1.0)):
-        for name, (loss, pull) in losses_and_pulls(student, target).items():
+        for name, (loss, pull) in losses_and_pulls(student, target, 4.0 * student).items():
             assert abs(loss) < 1e-6 and abs(pull) < 1e-3, (name, student)
 
 
 def test_a_value_outside_is_pulled_in_where_its_target_lies_inside():
-    inside, outside, below = (losses_and_pulls(student, 0.5) for student in (1.0, 3.0, -3.0))
+    inside, outside, below = (losses_and_pulls(student, 0.5, 0.5) for student in (1.0, 3.0, -3.0))
     for name, (loss, pull) in outside.items():
         np.testing.assert_allclose((loss, pull), inside[name], rtol=1e-4, err_msg=name)
         assert pull > 0.5 and below[name][1] < -0.5, name
@@ -111,3 +114,39 @@ def test_of_two_students_only_what_they_make_together_is_held(w):
     lies_at = lambda value: ((value + 3.0 * w) / (1 + w), 3.0)  # noqa: E731
     np.testing.assert_allclose(loss(*lies_at(0.0), 1.0), loss(*lies_at(0.0), None), rtol=1e-4)
     assert loss(*lies_at(2.0), 1.0) < 1e-6 < loss(*lies_at(2.0), None)
+
+
+def costs_of_overshooting(clip, series, outside=None):
+    """{stage: loss} of students that say 1.5 where their teacher says 1, of the stages that learn from another."""
+    values = {"clip_targets": clip, "stage2.series": series, "stage1.single_w": (2.0,)}
+    stages = make_stages(from_config(quick_config(**values)), outside)
+    apply = {"student": says(1.5), "teacher": says(1.0), "target_ema": says(1.5)}
+
+    @jax.jit
+    def losses(batch, keys):
+        return {
+            stage.name: stage.objective(apply, COSINE, batch, make_knobs_on_device(), keys)[0].mean()
+            for stage in stages
+            if stage.parent is not None
+        }
+
+    return losses(make_batch(16), make_keys(16))
+
+
+def test_every_stage_of_a_run_that_clips_is_clipped_and_of_one_that_does_not_none():
+    series = ("det", "sto", "two", "tract", "consistency")
+    clipped, free = (costs_of_overshooting(clip, series) for clip in (True, False))
+    assert {"stage1", "stage1_w2", "stage2_det_0001", "stage2_two_0001", "stage2_consistency"} <= clipped.keys()
+    for name in clipped:
+        assert clipped[name] < 1e-6 and free[name] > 1e-2, name
+
+
+def test_what_an_encoder_learns_from_is_not_clipped():
+    costs = costs_of_overshooting(True, ("det", "encode"))
+    assert min(costs[name] for name in ("stage1", "stage1_w2", "stage2_det_0001")) > 1e-2
+
+
+def test_students_of_a_teacher_without_a_range_are_not_clipped():
+    outside = Teacher(None, {}, COSINE, "v", null_cond, num_classes=10, sample_shape=(8, 8, 1), data_range=None)
+    costs = costs_of_overshooting(True, ("det",), outside)
+    assert min(costs[name] for name in ("stage1", "stage1_w2", "stage2_det_0001")) > 1e-2

@@ -16,7 +16,7 @@ SURFACE = """
     Cosine DiscreteBetas Grid Knobs OptimiserConfig Prediction RectifiedFlow Teacher TrainState UserError diffusion
     guidance image_keys initial_noise load load_teacher make_denoise make_denoiser make_encode make_grid make_mesh
     make_model_fn make_stage1 make_stage2 make_state make_tract make_train_step make_two_student models null_label
-    objectives place samplers shard_batch student_params
+    objectives place samplers shard_batch student_params within_range
 """.split()
 
 

@@ -131,6 +131,14 @@ def test_a_teacher_of_another_model_is_refused(finished, tmp_path, values, says)
         pipeline.run(quick_config(**values), tmp_path)
 
 
+@pytest.mark.parametrize("values", [{"clip_targets": False}, {"stage2.series": ("det", "encode")}])
+def test_a_stage_one_that_is_to_be_clipped_is_refused_where_it_would_not_be(finished, tmp_path, values):
+    given = {"teacher.checkpoint": str(finished), "stage1.checkpoint": str(finished)}
+    pipeline.open_run(quick_config(**given), tmp_path)
+    with pytest.raises(UserError, match="01_stage1 was trained to be clipped .*; set config.clip_targets=True, and"):
+        pipeline.open_run(quick_config(**given, **values), tmp_path)
+
+
 def test_a_teacher_without_its_config_is_held_against_the_network(finished, tmp_path):
     shutil.copytree(finished / "00_teacher", tmp_path / "00_teacher")
     with pytest.raises(UserError, match="has another shape of .*: it is a checkpoint of another model"):

@@ -63,7 +63,10 @@ def sampler(student, grid):
 
 
 def denoiser(student):
-    """(z [B, *S], logsnr [B], label i32 [B], w [B]) -> {"x", "eps"}, both [B, *S], nothing clipped."""
+    """(z [B, *S], logsnr [B], label i32 [B], w [B]) -> {"x", "eps"}, both [B, *S], nothing clipped.
+
+    A sampler clips x to the model's data_range at every step, and makes eps agree: `diffusion.clip_prediction`.
+    """
     model = _on_host(student.model)
 
     def denoise(z, logsnr, label, w):

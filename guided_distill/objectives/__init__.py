@@ -6,7 +6,7 @@ An Objective is made by a factory with its static options and called as
 
 `apply` holds denoisers ("student", where there is one the frozen "teacher", and for tract and consistency "target_ema",
 the student with the moving average of its weights), `batch` is {"x": [B, *S], and the fields of cond}, `knobs` what may
-change between rounds without recompiling. `within_range` holds the networks of an objective to the data's range.
+change between rounds without recompiling. `within_range` clips what an objective learns as samplers do.
 """
 
 import dataclasses

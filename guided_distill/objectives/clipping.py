@@ -9,7 +9,7 @@ from guided_distill import diffusion
 
 
 def within_range(objective, bound):
-    """The objective with x_hat of the student, and of its average where that teaches, kept in [-bound, bound].
+    """The objective with x_hat of the student, and of its average where that teaches, clipped to [-bound, bound].
 
     As samplers keep it, eps_hat agreeing, for a target that lies in that range too. Where both are at one end nothing
     is left to learn: the network need not hold constant what guidance, or white paper, pushes against that end. The
@@ -32,5 +32,8 @@ def within_range(objective, bound):
 def _kept(denoiser, schedule, bound, z, logsnr, cond, **options):
     found = denoiser(z, logsnr, cond, **options)
     alpha, sigma = (diffusion.expand(coefficient, z) for coefficient in schedule.alpha_sigma(logsnr))
-    excess = jax.lax.stop_gradient(found.x - jnp.clip(found.x, -bound, bound))
-    return diffusion.Prediction(found.x - excess, found.eps + alpha / sigma * excess)
+    clipped = jnp.clip(jax.lax.stop_gradient(found.x), -bound, bound)
+    excess = jax.lax.stop_gradient(found.x) - clipped
+    # The differences are zeros that carry the gradient: what is clipped is exactly at the end, as its target is.
+    x = clipped + (found.x - jax.lax.stop_gradient(found.x))
+    return diffusion.Prediction(x, found.eps + alpha / sigma * excess)
