@@ -1,6 +1,6 @@
 """Holds a finished run against the paper's claim on its own data: what was reached beside each bound.
 
-    python -m benchmarks.claims runs/digits [--bounds=mnist|emoji_text]
+    python -m benchmarks.claims runs/digits [--bounds=mnist|emoji_text|cifar10]
 
 Exits with 1 when a bound is missed. "floor" is the noise floor of summary.json.
 """
@@ -18,6 +18,9 @@ AGREEMENT_MARGIN = 0.02
 # Of the KID of the student of captions over the reference teacher's, besides what other samples of it would change.
 KID_MARGIN = 1e-3
 RETRIEVAL_MARGIN = 0.03
+# Of natural images, by EfficientNet-Lite0: at w = 0 and above, and against the teacher's own at the same N x 2.
+NATURAL_BOUNDS = {4: (1.4, 1.2), 8: (1.1, 1.1)}
+NATURAL_TEACHER_BOUND = 0.7
 
 
 def checks(summary, bounds):
@@ -84,14 +87,30 @@ def caption_checks(summary, num_steps=4):
     return found
 
 
+def natural_checks(summary):
+    """The same of a run on CIFAR-10: its deterministic students of 4 and 8 steps."""
+    name = "frechet_efficientnet_lite0"
+    rows = {(row["stage"], row["num_steps"], row["w"]): row["metrics"][name] for row in summary["rows"]}
+    reference_steps, found = max(row["num_steps"] for row in summary["rows"]), []
+    for w in sorted({w for stage, steps, w in rows if (stage, steps) == ("teacher", reference_steps)}):
+        limits = {n: (factors[w > 0], reference_steps) for n, factors in NATURAL_BOUNDS.items()}
+        for n, factor, of in [(n, *limit) for n, limit in limits.items()] + [(4, NATURAL_TEACHER_BOUND, 4)]:
+            reached, bound = rows[f"stage2_det_{n:04d}", n, w], factor * rows["teacher", of, w]
+            found.append((f"frechet, {n} steps, w {w:g}: {factor} x teacher {of}x2", reached, bound, reached <= bound))
+    return found
+
+
+OTHERS = {"emoji_text": caption_checks, "cifar10": natural_checks}
+
+
 def main():
     """Prints every claim with what was reached."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=pathlib.Path)
-    parser.add_argument("--bounds", choices=[*REFERENCE_BOUNDS, "emoji_text"], default="digits")
+    parser.add_argument("--bounds", choices=[*REFERENCE_BOUNDS, *OTHERS], default="digits")
     args = parser.parse_args()
     summary = json.loads((args.workdir / "summary.json").read_text())
-    found = caption_checks(summary) if args.bounds == "emoji_text" else checks(summary, args.bounds)
+    found = OTHERS[args.bounds](summary) if args.bounds in OTHERS else checks(summary, args.bounds)
     for what, reached, bound, held in found:
         print(f"{'ok    ' if held else 'MISSED'}  {what:55s}  {reached:9.4f}  bound {bound:9.4f}")
     missed = sum(not held for *_, held in found)

@@ -86,3 +86,27 @@ def captioned(**changes):
 )
 def test_each_claim_of_captions_can_be_missed(changes, says):
     assert [what for what, _, _, held in claims.caption_checks(captioned(**changes)) if not held] == says
+
+
+def natural(**changes):
+    """A run on natural images that holds every bound, but for what changes: {"teacher_4": distance at w = 1, ...}."""
+    frechet = {"teacher_32": 10.0, "teacher_4": 20.0, "stage2_det_0004_4": 11.9, "stage2_det_0008_8": 10.9}
+    rows = []
+    for w in (0.0, 1.0):
+        for name, value in (frechet | (changes if w else {"stage2_det_0004_4": 13.9})).items():
+            stage, _, steps = name.rpartition("_")
+            rows.append(row("any", stage, int(steps), w, frechet_efficientnet_lite0=value))
+    return {"rows": rows}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, []),
+        ({"stage2_det_0004_4": 12.1}, ["frechet, 4 steps, w 1: 1.2 x teacher 32x2"]),
+        ({"stage2_det_0008_8": 11.1}, ["frechet, 8 steps, w 1: 1.1 x teacher 32x2"]),
+        ({"teacher_4": 16.9}, ["frechet, 4 steps, w 1: 0.7 x teacher 4x2"]),
+    ],
+)
+def test_each_claim_of_natural_images_can_be_missed(changes, says):
+    assert [what for what, _, _, held in claims.natural_checks(natural(**changes)) if not held] == says
