@@ -1,4 +1,4 @@
-"""The optimiser: learning-rate schedules, Adam with clipping, the moving average, the guard against NaN."""
+"""The optimiser: learning-rate schedules, Adam with clipping, the moving average, the guard against NaN and explosions."""
 
 import dataclasses
 
@@ -54,10 +54,11 @@ def global_norm(tree):
     return optax.tree.norm([*large, jnp.concatenate(small)] if small else large)
 
 
-def apply_gradients(config, state, grads, peak_lr, updates):
+def apply_gradients(config, state, grads, peak_lr, updates, sound=True):
     """One update of a TrainState: (new state, {lr, grad_norm, skipped}).
 
-    A gradient that is not finite changes nothing but the step and the count of skipped updates in a row.
+    A gradient that is not finite, or that is not `sound` (a loss nobody should learn from), changes nothing but the
+    step and the count of skipped updates in a row.
     """
     rate = learning_rate(config, state.step, peak_lr, updates)
     grad_norm = global_norm(grads)
@@ -71,9 +72,9 @@ def apply_gradients(config, state, grads, peak_lr, updates):
         decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)
 
-    finite = jnp.isfinite(grad_norm)
+    learns = jnp.isfinite(grad_norm) & sound
     fresh = state.replace(params=params, ema=ema, opt_state=opt_state, skipped=jnp.zeros_like(state.skipped))
     stale = state.replace(skipped=state.skipped + 1)
-    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), fresh, stale)
+    state = jax.tree.map(lambda new, old: jnp.where(learns, new, old), fresh, stale)
     metrics = {"learning_rate": rate, "grad_norm": grad_norm, "skipped": state.skipped}
     return state.replace(step=state.step + 1), metrics

@@ -297,5 +297,6 @@ def make_knobs(stage, grid, w_margin=0.0):
         w_min=np.float32(low),
         w_max=np.float32(high),
         w_margin=np.float32(w_margin * (high - low)),
+        loss_limit=np.float32(np.inf),
         grid=grid,
     )

@@ -19,7 +19,7 @@ class TrainState:
     params: Any
     ema: Any
     opt_state: Any
-    skipped: jax.Array  # non-finite updates in a row
+    skipped: jax.Array  # updates in a row that changed nothing
 
     @property
     def eval_params(self):

@@ -13,7 +13,7 @@ from guided_distill import compilation, guidance, metrics, optim, preemption, sh
 from guided_distill.errors import Fault, Stopped, UserError
 
 # Before a run is given up: more than a spike, and far from an epoch.
-_MAX_SKIPPED = 20  # non-finite updates in a row
+_MAX_SKIPPED = 20  # updates in a row that were skipped
 _MAX_EXPLODED = 5  # looks in a row, one per line of the log, at a loss so many times above
 _EXPLODED = 1000.0  # the typical one, and above
 _SCALE = 10.0  # which is more than the mean square of data in [-1, 1], and less than nothing-learnt costs elsewhere
@@ -86,7 +86,8 @@ def make_train_step(objective, student, teacher, optimiser, mesh, accumulate=1):
             (loss, named), grads = gradient(examples)
         else:
             (loss, named), grads = _mean_of_parts(gradient, sharding.parts_of_batch(mesh, examples, accumulate))
-        state, optimisation = optim.apply_gradients(optimiser, state, grads, knobs.peak_lr, knobs.updates)
+        sound = loss <= knobs.loss_limit
+        state, optimisation = optim.apply_gradients(optimiser, state, grads, knobs.peak_lr, knobs.updates, sound)
         return sharding.split(mesh, state), {"loss": loss, **named, **optimisation}
 
     whole = sharding.replicated(mesh)
@@ -140,7 +141,7 @@ def fit(loop, step_fn, state, frozen, batches, knobs, key, *, mesh, checkpoints,
         state, saved = restored
         watch.typical = saved.pop("typical_loss", None)
         batches.set_state(saved)
-    start, pending = int(state.step), None
+    start, pending, limit = int(state.step), None, math.inf
     loop.on_start(start)
     with make_writer(start) as writer, preemption.deferred():
         report = _Reporter(loop, writer, start, watch)
@@ -164,6 +165,9 @@ def fit(loop, step_fn, state, frozen, batches, knobs, key, *, mesh, checkpoints,
             if stopping:
                 raise Stopped
             metrics_of_step = None
+            if watch.limit != limit:
+                limit = watch.limit
+                knobs = dataclasses.replace(knobs, loss_limit=sharding.place(mesh, jnp.float32(limit)))
             if not done:
                 batch = sharding.shard_batch(mesh, _next(batches, loop.name, step))
                 state, metrics_of_step = step_fn(state, frozen, batch, knobs, key)
@@ -189,8 +193,8 @@ def _next(batches, name, step):
 class _Watch:
     """Whether the loss has exploded: by how far it lies above what is typical, for too many looks in a row.
 
-    One such update does little, as gradients are clipped; a run of them is a run that is lost. What is typical is a
-    running geometric mean of the losses that were looked at, kept with each checkpoint. `exploded` counts.
+    One such update is skipped; a run of them is a run that is lost. What is typical is a running geometric mean of the
+    losses that were looked at, kept with each checkpoint. `exploded` counts.
     """
 
     def __init__(self, name):
@@ -199,11 +203,10 @@ class _Watch:
     def __call__(self, step, values, last):
         loss, skipped = values["loss"], values["skipped"]
         if skipped >= _MAX_SKIPPED:
-            self._give_up(step, f"the last {skipped:.0f} gradients were not finite")
+            self._give_up(step, f"the last {skipped:.0f} updates were skipped: not finite, or the loss had exploded")
         if not math.isfinite(loss):
             return
-        # Below the scale of the data no loss has exploded, however small it was: a student may start as its teacher.
-        if self.typical is not None and loss > _EXPLODED * max(self.typical, _SCALE / _EXPLODED):
+        if loss > self.limit:
             self.exploded += 1
             if last or self.exploded >= _MAX_EXPLODED:
                 self._give_up(step, f"the loss is {loss:.3g}, where {self.typical:.3g} was typical")
@@ -211,6 +214,12 @@ class _Watch:
         self.exploded = 0
         loss = max(loss, 1e-30)
         self.typical = loss if self.typical is None else self.typical**0.9 * loss**0.1
+
+    @property
+    def limit(self):
+        """Above which a loss has exploded."""
+        # Below the scale of the data none has, however small it was: a student may start as its teacher.
+        return math.inf if self.typical is None else _EXPLODED * max(self.typical, _SCALE / _EXPLODED)
 
     def _give_up(self, step, why):
         raise UserError(

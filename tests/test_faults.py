@@ -159,6 +159,25 @@ def test_a_loss_that_explodes_is_given_up_with_the_last_good_state_kept(tmp_path
     assert goes_on(tmp_path, tmp_path_factory, 2)
 
 
+@pytest.mark.parametrize("poison", [1e6, np.nan])
+def test_an_update_whose_loss_is_an_explosion_is_skipped_and_counted(tmp_path, poison):
+    step_fn, rest = pieces()
+    states = []
+
+    def poisoned(state, frozen, batch, *others):
+        states.append(jax.device_get(state))
+        factor = poison if int(state.step) == 4 else 1.0
+        return step_fn(state, frozen, {**batch, "x": batch["x"] * factor}, *others)
+
+    fit(tmp_path, poisoned, rest)
+    lines = metrics.read_metrics(tmp_path)
+    assert [line["skipped"] for line in lines] == [0, 0, 0, 0, 1, 0, 0]
+    before, after, later = states[4:7]
+    assert int(after.step) == 5 and int(after.skipped) == 1
+    assert same((before.params, before.ema, before.opt_state), (after.params, after.ema, after.opt_state))
+    assert not same(after.params, later.params)
+
+
 def test_what_is_typical_is_known_again_after_a_restart(tmp_path):
     step_fn, rest = pieces()
     with pytest.raises(UserError, match="update 8"):

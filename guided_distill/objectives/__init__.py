@@ -10,6 +10,7 @@ change between rounds without recompiling. `within_range` clips what an objectiv
 """
 
 import dataclasses
+import math
 
 import jax
 
@@ -46,3 +47,4 @@ class Knobs:
     w_max: jax.Array
     grid: diffusion.Grid  # as many intervals as the first teacher takes steps
     w_margin: jax.Array | float = 0.0  # see draws.strengths
+    loss_limit: jax.Array | float = math.inf  # an update whose loss is above is skipped
