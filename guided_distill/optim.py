@@ -1,4 +1,4 @@
-"""The optimiser: learning-rate schedules, Adam with clipping, the moving average, the guard against NaN and explosions."""
+"""The optimiser: learning-rate schedules, Adam with clipping, the moving average, the guard against lost updates."""
 
 import dataclasses
 
