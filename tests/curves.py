@@ -66,10 +66,11 @@ def batch_of(step, size=16):
 
 
 @functools.cache
-def curve(experiment, name, devices, fsdp=1, accumulate=1, remat=False):
+def curve(experiment, name, devices, fsdp=1, accumulate=1, remat=False, policy="nothing"):
     """(loss and norm of the gradient of the first updates, the state after them)."""
     if remat:
-        experiment = dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, remat=True))
+        model = dataclasses.replace(experiment.model, remat=True, remat_policy=policy)
+        experiment = dataclasses.replace(experiment, model=model)
     stage = {stage.name: stage for stage in make_stages(experiment)}[name]
     mesh, optimiser = mesh_of(devices, fsdp), stage.training.optimiser
     step = train.make_train_step(stage.objective, stage.model, stage.teacher, optimiser, mesh, accumulate)

@@ -259,8 +259,9 @@ def test_the_plan_prints_every_stage():
 
 
 @pytest.mark.slow
-def test_imagenet64_fits_as_shipped():
-    experiment, place = from_config(imagenet64.get_config().to_dict()), plan.place_for("v5e:16x16")
+@pytest.mark.parametrize("topology", ["v5e:16x16", "v4:4x4x4", "v5p:4x4x4"])
+def test_imagenet64_fits_as_shipped(topology):
+    experiment, place = from_config(imagenet64.get_config().to_dict()), plan.place_for(topology)
     stages = plan.make_plan(experiment, place, KNOWN)
     assert all(stage.batch_size == 2048 and stage.fits(place.topology) for stage in stages)
     assert stages[0].parameters == 295_900_035
@@ -285,6 +286,14 @@ def test_a_small_config_is_compiled_for_a_tpu_that_is_not_there(tmp_path):
     assert "stage2_det_0016: compiling for 4 TPU v5 lite" in first.stdout and "stage1, sampler" in first.stdout
     again = subprocess.run(line, cwd=REPO, env=environment, capture_output=True, text=True)
     assert again.returncode == 0 and "compiling" not in again.stdout and again.stdout.count("known from") == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5p:4x4x4", "h100:16"])
+def test_stable_diffusion_fits_as_shipped(topology):
+    experiment, place = from_config(CONFIGS["stable_diffusion"].get_config().to_dict()), plan.place_for(topology)
+    stages = plan.make_plan(experiment, place, KNOWN)
+    assert all(stage.batch_size == 512 and stage.fits(place.topology) for stage in stages)
 
 
 def test_a_value_that_products_read_again_later_is_made_again():

@@ -18,8 +18,8 @@ from guided_distill.metrics import read_metrics
 REPO = pathlib.Path(__file__).parents[1]
 TINY = [
     "--config=configs/signal1d.py",
-    *("--config.teacher.updates=20 --config.stage1.updates=60 --config.stage2.updates=10".split()),
-    *("--config.stage2.final_updates=10 --config.stage2.teacher_steps=2 --config.stage2.final_num_steps=(1,)".split()),
+    *("--config.teacher.updates=20 --config.stage1.updates=60 --config.stage2.updates=20".split()),
+    *("--config.stage2.final_updates=20 --config.stage2.teacher_steps=2 --config.stage2.final_num_steps=(1,)".split()),
     *("--config.teacher.warmup=1 --config.evaluate.num_steps=(1,) --config.evaluate.num_samples=96".split()),
     *("--config.evaluate.batch_size=64 --config.evaluate.w=(0.,4.) --config.evaluate.classifier_updates=20".split()),
     *("--config.log.every=1 --config.log.sample_every=0 --config.checkpoint.every=8".split()),
@@ -89,8 +89,12 @@ def curves_of(processes, layout, port):
     return [json.loads(out.splitlines()[-1]) for out, _ in said]
 
 
-def test_the_losses_are_those_of_one_process(free_port):
-    found = curves_of(4, (4, 2, 2), free_port())  # weights split in two, batches in two parts
+@pytest.mark.parametrize(
+    ("processes", "layout"),  # devices, of which weights are split over so many, and batches in parts
+    [(2, (2,)), (2, (2, 2, 2)), (4, (4, 2, 2))],
+)
+def test_the_losses_are_those_of_one_process(processes, layout, free_port):
+    found = curves_of(processes, layout, free_port())
     assert all(theirs == found[0] for theirs in found)  # means over all of the batch
     for name, curve in found[0].items():
         expected = curves.curve(curves.QUICK, name, 1)[0]

@@ -95,7 +95,9 @@ class Stopped(Exception):
     pass
 
 
-def fit(directory, step_fn, pieces, *, updates=7, stop_before=None, over_at=None, log_every=1, batches=None):
+def fit(
+    directory, step_fn, pieces, *, updates=7, stop_before=None, over_at=None, log_every=1, save_every=2, batches=None
+):
     """Trains in `directory`; raises Stopped when update `stop_before` would be made, as a kill would."""
     mesh, state, frozen, knobs, key = pieces
     calls = {"from": None}
@@ -110,7 +112,7 @@ def fit(directory, step_fn, pieces, *, updates=7, stop_before=None, over_at=None
         name="teacher",
         updates=updates,
         batch_size=8,
-        checkpoint_every=2,
+        checkpoint_every=save_every,
         log_every=log_every,
         sample_every=0,
         sample=None,
@@ -155,6 +157,35 @@ def test_a_resumed_run_is_the_undisturbed_run_to_the_bit(tmp_path):
     lines = [metrics.read_metrics(tmp_path / name) for name in ("whole", "killed")]
     assert [[line["step"] for line in each] for each in lines] == [list(range(1, 8))] * 2
     assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
+
+
+class Watched:
+    """A metric that tells when the host asks for it."""
+
+    def __init__(self, value, ask):
+        self._value, self._ask = value, ask
+
+    def __array__(self, *_, **__):
+        self._ask()
+        return np.asarray(self._value)
+
+
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_metrics_are_asked_for_when_the_next_update_is_under_way_and_only_where_they_are_logged(tmp_path, log_every):
+    mesh, events = sharding.make_mesh(jax.devices()[:1]), []
+    step_fn, *rest = prepared("teacher", mesh)
+
+    def step(state, *others):
+        k = sum(event[0] == "begun" for event in events) + 1
+        events.append(("begun", k))
+        state, values = step_fn(state, *others)
+        return state, {**values, "loss": Watched(values["loss"], lambda: events.append(("asked", k)))}
+
+    fit(tmp_path, step, (mesh, *rest), log_every=log_every, save_every=100)
+    expected = []
+    for k in range(1, 8):
+        expected += [("begun", k)] + [("asked", k - 1)] * (k > 1 and (k - 1) % log_every == 0)
+    assert events == [*expected, ("asked", 7)]
 
 
 def test_a_loop_that_is_over_early_is_saved_and_logged_there_and_stays_over(tmp_path):
