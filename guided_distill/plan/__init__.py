@@ -83,9 +83,20 @@ def _memory_table(experiment, plans, place):
 
 
 def _time_table(experiment, plans, place):
+    kinds = [kind for kind in plans[0].sent if any(plan.sent[kind] for plan in plans)]
     table = _table(
         f"An update, and all of them, on {place.topology} at the speeds of its data sheet",
-        ["stage", "updates", "TFLOP", "with remat", "GB moved", "MB sent", "ms", "bound", "days"],
+        [
+            "stage",
+            "updates",
+            "TFLOP",
+            "with remat",
+            "GB moved",
+            *(f"MB {kind}" for kind in kinds),
+            "ms",
+            "bound",
+            "days",
+        ],
     )
     for plan in plans:
         table.add_row(
@@ -94,12 +105,12 @@ def _time_table(experiment, plans, place):
             f"{plan.useful_flops * place.topology.chips / 1e12:,.3f}",
             f"{plan.flops * place.topology.chips / 1e12:,.3f}",
             f"{plan.moved / 1e9:,.3f}",
-            f"{sum(plan.sent.values()) / 1e6:,.1f}",
+            *(f"{plan.sent[kind] / 1e6:,.1f}" for kind in kinds),
             f"{1e3 * plan.seconds:,.2f}",
             plan.bound,
             f"{plan.days:,.2f}",
         )
-    table.caption = "TFLOP of all chips; GB moved to and from memory and MB sent to other chips, of one"
+    table.caption = "TFLOP of all chips; GB moved to and from memory and MB sent by kind of collective, of one"
     return table
 
 
@@ -129,11 +140,7 @@ def _summary(experiment, plans, place):
     flops = sum(plan.updates * plan.useful_flops for plan in plans)
     slower = flops / (_SHARE_OF_PEAK * chip.flops_per_second(dtype)) / 86400
     days = sum(plan.days for plan in plans)
-    sent = {name: max(plan.sent[name] for plan in plans) / 1e6 for name in plans[0].sent}
     lines = [
-        f"Collectives of an update, at most, MB a chip: {', '.join(f'{n} {mb:,.1f}' for n, mb in sent.items() if mb)}"
-        if any(sent.values())
-        else "No collectives: one chip holds everything.",
         f"The whole chain: {days:,.2f} days on {chips} chips by these times; {slower:,.2f} at {_SHARE_OF_PEAK:.0%} of "
         "peak FLOP/s, if memory allows. Evaluation, samples and checkpoints are not in it.",
         "Exact: parameters, FLOPs, bytes of weights but for padding. Estimated by a model of fusion: activations and",
