@@ -60,7 +60,7 @@ def ours(experiment, stage, parent, updates, trace):
     import jax
 
     from benchmarks.train_step import make_step_arguments
-    from guided_distill import compilation, sharding
+    from guided_distill import compilation, costs, sharding
     from guided_distill.chips import peak_flops
     from guided_distill.teachers import flops_of_a_call
 
@@ -71,10 +71,14 @@ def ours(experiment, stage, parent, updates, trace):
     params, theirs = (None if one is None else _random_params(experiment, one.model) for one in (stage, parent))
     step_fn, arguments = make_step_arguments(experiment, stage, params, theirs, mesh)
     del params, theirs
+    # Counted from shapes, recomputation in it; the parts are three passes of the student and what the teacher is asked.
+    whole = costs.cost_of(step_fn, *arguments).flops
+    parts = stage.work_per_update * flops_of_a_call(stage.model, stage.init)
     began = time.perf_counter()
     compiled = step_fn.lower(*arguments).compile()
     how = "compiled, or found where programs are kept," if updates else "compiled"
     print(f"{how} in {time.perf_counter() - began:.1f} s", flush=True)
+    print(f"operations: {whole / 1e12:.4g} TFLOP an update, {whole / parts:.3f} times those of its parts", flush=True)
     memory, state, rest = compiled.memory_analysis(), arguments[0], arguments[1:]
     del arguments
     for what in ("argument", "temp", "output", "alias"):
@@ -88,7 +92,7 @@ def ours(experiment, stage, parent, updates, trace):
         jax.block_until_ready(metrics)
         seconds.append(time.perf_counter() - start)
     step, device = statistics.median(seconds[_WARM:]), jax.devices()[0]
-    flops = stage.work_per_update * flops_of_a_call(stage.model, stage.init) / jax.device_count()
+    flops = parts / jax.device_count()
     peak = peak_flops(device, experiment.model.dtype)
     share = "not known" if peak is None else f"{flops / step / peak:.1%} of {peak / 1e12:.0f} TFLOP/s"
     print(f"{jax.device_count()} x {device.device_kind}: {1e3 * step:.1f} ms a step, {flops / step / 1e12:.3g} TFLOP/s")

@@ -1,8 +1,8 @@
-"""Whether reading keeps up with training: batches a second of a config's data, beside the rate of a train step.
+"""Whether reading keeps up with training: images a second of a config's data, read, on the devices, and trained on.
 
     python -m benchmarks.input --config=digits [--seconds=5] [--data_dir=DIR]
 
-Compare with the images/s that training logs, or with benchmarks.config_step.
+One after the other, of stage one, on weights and pictures that are random.
 """
 
 import argparse
@@ -11,9 +11,11 @@ import time
 
 import jax
 
+from benchmarks.train_step import make_step_arguments, random_params
 from guided_distill import sharding
 from guided_distill.data import load_dataset, make_batches
 from guided_distill.experiment import from_config
+from guided_distill.stages import make_stages
 
 
 def rate(next_batch, seconds):
@@ -27,6 +29,20 @@ def rate(next_batch, seconds):
     return calls / passed
 
 
+def updates_of(experiment, mesh):
+    """A function that makes an update of stage one and waits for it."""
+    teacher, stage = make_stages(experiment)[:2]
+    params, theirs = (random_params(experiment, w_conditioned=one.model.w_conditioned) for one in (stage, teacher))
+    step_fn, (state, *arguments) = make_step_arguments(experiment, stage, params, theirs, mesh)
+
+    def update():
+        nonlocal state
+        state, metrics = step_fn(state, *arguments)
+        jax.block_until_ready(metrics)
+
+    return update
+
+
 def main():
     """Prints images a second as they are read, and as they reach the devices."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -34,7 +50,8 @@ def main():
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--data_dir")
     args = parser.parse_args()
-    config = importlib.import_module(f"configs.{args.config}").get_config()
+    stem, _, argument = args.config.partition(":")
+    config = importlib.import_module(f"configs.{stem}").get_config(*filter(None, [argument]))
     if args.data_dir:
         config.data.data_dir = args.data_dir
     experiment = from_config(config.to_dict())
@@ -42,7 +59,11 @@ def main():
     batches = make_batches(load_dataset(experiment.data).train, batch_size=size, seed=0, flip=experiment.data.flip)
     read = rate(lambda: next(batches), args.seconds)
     put = rate(lambda: jax.block_until_ready(sharding.shard_batch(mesh, next(batches))), args.seconds)
-    print(f"{args.config}, batches of {size}: {size * read:,.0f} images/s read, {size * put:,.0f} images/s on devices")
+    trained = rate(updates_of(experiment, mesh), args.seconds)
+    print(
+        f"{args.config}, images/s in batches of {size}: {size * read:,.0f} read, {size * put:,.0f} read and put on the "
+        f"devices, {size * trained:,.0f} trained on: reading is {put / trained:,.0f} times as fast"
+    )
 
 
 if __name__ == "__main__":
