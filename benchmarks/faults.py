@@ -36,6 +36,7 @@ from guided_distill.checkpoint import load_eval_params  # noqa: E402
 REPO = pathlib.Path(__file__).parents[1]
 STAGES = ("00_teacher", "01_stage1", "02_stage2_det_0002", "03_stage2_det_0001")
 UPDATES, EVERY, ROWS = 40, 4, 14
+_PATIENCE = 600  # seconds for a moment or for the end to come
 _CHAIN = [
     "--config=configs/signal1d.py",
     *("--config.model.features=16 --config.model.num_layers=1 --config.model.emb_channels=8".split()),
@@ -117,8 +118,11 @@ def _free_port():
 
 def inflict(workdir, count, fault, log):
     """Starts or continues the run, and does what `fault` says; returns (where it hit, exit code)."""
+    deadline = time.monotonic() + _PATIENCE
     with processes_of(workdir, count, log) as child:
         while not _reached(workdir, fault) and child.is_alive():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{fault} was not reached in {_PATIENCE} s:\n{log.read_text()[-4000:]}")
             time.sleep(0.001)
         in_time = child.is_alive()
         if fault.kind == "kill -9":
@@ -188,7 +192,7 @@ def _number(path):
 def finish(workdir, count, log):
     """Runs to the end; returns the exit code."""
     with processes_of(workdir, count, log) as child:
-        child.join(600)
+        child.join(_PATIENCE)
         return child.exitcode
 
 
