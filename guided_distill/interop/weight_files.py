@@ -11,6 +11,25 @@ from guided_distill.errors import UserError
 _EXTRA = "pip install 'guided_distill[eval]'"
 
 
+class _Unread:
+    """What a checkpoint holds besides tensors: made and filled as the file says, and nothing of it is kept or run."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+# What the published checkpoints of Stable Diffusion and LDM name besides tensors, as Lightning left it in them: the
+# class of a callback, a key there, and its best loss, a number of NumPy. Each is read as _Unread, never imported.
+_BESIDES = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy.dtype",
+)
+
+
 def read_weights(path):
     """{key: array} of a .safetensors file or a checkpoint of PyTorch, where it may lie under "state_dict".
 
@@ -44,12 +63,15 @@ def _read_torch(path):
     except ImportError as error:
         raise UserError(f"{path} is a file of PyTorch, which is not installed: {_EXTRA}") from error
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(_Unread, name) for name in _BESIDES]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and PyTorch each raise their own
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{path} cannot be read as weights alone ({reason[:100]}); give it as safetensors, which runs no code"
         ) from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not tensors by their names")
     state = state.get("state_dict", state)
     tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
     return {

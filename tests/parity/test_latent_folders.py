@@ -14,7 +14,7 @@ from diffusers.loaders import single_file_utils
 
 from guided_distill import diffusion, samplers
 from guided_distill.guidance import classifier_free, make_denoiser
-from guided_distill.interop import compvis, diffusers_configs, diffusers_folder, diffusers_names
+from guided_distill.interop import compvis, diffusers_configs, diffusers_folder, diffusers_names, weight_files
 from guided_distill.interop.tensors import export_tree
 from guided_distill.models import make_model_fn
 from guided_distill.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -222,3 +222,46 @@ def test_a_checkpoint_of_pytorch_is_read_without_running_code(tmp_path, monkeypa
     torch.save({"state_dict": {"a": functools.partial(print)}}, path)
     with pytest.raises(diffusers_folder.UserError, match="cannot be read as weights alone"):
         compvis.read_compvis(path, "sd1")
+
+
+class Named:
+    """Pickles as a call of what `function` stands for."""
+
+    def __init__(self, function, *arguments):
+        self.reduced = function, arguments
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def stand_in(module, name, monkeypatch):
+    """A class that pickles as module.name while `monkeypatch` lasts."""
+    there, found = types.ModuleType(module), type(name, (), {"__module__": module})
+    setattr(there, name, found)
+    package = module.split(".")[0]
+    monkeypatch.setitem(sys.modules, package, sys.modules.get(package, types.ModuleType(package)))
+    monkeypatch.setitem(sys.modules, module, there)
+    return found
+
+
+def test_a_checkpoint_of_lightning_is_read_without_lightning(tmp_path):
+    """As the published ones are: keyed by the class of a callback, with a number of an old NumPy."""
+    path, weight, lightning = tmp_path / "a.ckpt", torch.arange(3.0), "pytorch_lightning.callbacks.model_checkpoint"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        callback = stand_in(lightning, "ModelCheckpoint", monkeypatch)
+        scalar = stand_in("numpy.core.multiarray", "scalar", monkeypatch)
+        best = Named(scalar, np.dtype("f8"), np.float64(0.5).tobytes())
+        kept = {"monitor": "val/loss", "best_model_score": best, "current_score": torch.ones(())}
+        torch.save({"callbacks": {callback: kept}, "last": callback(), "state_dict": {"a": weight}}, path)
+        other = stand_in("pytorch_lightning.trainer", "Trainer", monkeypatch)
+        torch.save({"callbacks": {other: kept}, "state_dict": {"a": weight}}, tmp_path / "b.ckpt")
+        torch.save(weight, tmp_path / "c.ckpt")
+    named = {f"{lightning}.ModelCheckpoint", "numpy.core.multiarray.scalar", "numpy.dtype"}
+    assert {*torch.serialization.get_unsafe_globals_in_checkpoint(path)} == named
+    allowed = {*torch.serialization.get_safe_globals()}
+    read = weight_files.read_weights(path)
+    assert read.keys() == {"a"} and read["a"].tolist() == [0.0, 1.0, 2.0]
+    assert lightning not in sys.modules and {*torch.serialization.get_safe_globals()} == allowed
+    for name, says in (("b", "cannot be read as weights alone"), ("c", "holds a Tensor, not tensors by their names")):
+        with pytest.raises(diffusers_folder.UserError, match=says):
+            weight_files.read_weights(tmp_path / f"{name}.ckpt")
