@@ -121,6 +121,12 @@ def test_a_padding_word_stands_behind_the_end_and_for_itself(tmp_path):
     words = write(tmp_path, pad_token={"content": "!"})
     expected = [words[START], words["cat</w>"], words["!"], words[END], *[words["!"]] * 4]
     assert read_tokenizer(tmp_path).encode(["cat!"])[0].tolist() == expected
+    # The folders of Stable Diffusion 2 say so in one file and still <|endoftext|> in the other; newer ones list words.
+    write(tmp_path, pad_token={"content": END})
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
+    assert read_tokenizer(tmp_path).encode(["cat!"])[0].tolist() == expected
+    write(tmp_path, pad_token=END, added_tokens_decoder={})
+    assert read_tokenizer(tmp_path).encode([""])[0].tolist() == [words[START], *[words[END]] * 7]
 
 
 def test_a_long_caption_keeps_its_end_of_text_or_is_refused(tmp_path):

@@ -55,9 +55,7 @@ def read_tokenizer(folder) -> ClipTokenizer:
         raise UserError(f"captions need the library tokenizers, which is not installed: {_EXTRA}") from error
     folder = pathlib.Path(folder)
     vocabulary, merges = _read_words(folder)
-    config = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        config |= read_json(folder / name) if (folder / name).exists() else {}
+    config = _read_config(folder)
     pad = config.get("pad_token", END)
     pad = pad["content"] if isinstance(pad, dict) else pad
     missing = [word for word in (START, END, pad) if word not in vocabulary]
@@ -65,6 +63,18 @@ def read_tokenizer(folder) -> ClipTokenizer:
         raise UserError(f"{folder} holds no vocabulary of CLIP: it lacks {', '.join(missing)}")
     backend = _backend(tokenizers, vocabulary, merges, sorted({START, END, pad}))
     return ClipTokenizer(backend, min(config.get("model_max_length", 77), 77), vocabulary[pad])
+
+
+def _read_config(folder):
+    """tokenizer_config.json, overruled by special_tokens_map.json unless it has added_tokens_decoder, as transformers.
+
+    The published folders of Stable Diffusion 2 pad with "!" by the latter, and say <|endoftext|> in the former.
+    """
+    special, config = (
+        read_json(folder / name) if (folder / name).exists() else {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json")
+    )
+    return special | config if "added_tokens_decoder" in config else config | special
 
 
 def _read_words(folder):

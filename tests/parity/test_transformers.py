@@ -165,7 +165,8 @@ def test_tokens_are_identical_on_a_thousand_strings(words, pad, tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
-    config = special | {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
+    # As published: what pads there is END in this file, of Stable Diffusion 2 too.
+    config = special | {"pad_token": END, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
     arguments = {"padding": "max_length", "truncation": True, "max_length": 77, "return_tensors": "np"}
