@@ -132,6 +132,51 @@ def test_keys_of_stable_diffusion_in_diffusers_as_published():
     assert {key: found.get(key) for key in published} == published
 
 
+_SD_UNET = {
+    "act_fn": "silu", "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False,
+    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"], "downsample_padding": 1,
+    "flip_sin_to_cos": True, "freq_shift": 0, "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-5,
+    "norm_num_groups": 32, "out_channels": 4, "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+}  # fmt: skip
+_SD1_UNET = _SD_UNET | {"attention_head_dim": 8, "cross_attention_dim": 768, "in_channels": 4}
+_SD2_UNET = _SD_UNET | {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "in_channels": 4,
+                        "use_linear_projection": True, "dual_cross_attention": False, "num_class_embeds": None,
+                        "only_cross_attention": False}  # fmt: skip
+_SD_TEXT = {"architectures": ["CLIPTextModel"], "layer_norm_eps": 1e-5, "max_position_embeddings": 77,
+            "vocab_size": 49408}  # fmt: skip
+_SD1_TEXT = _SD_TEXT | {"hidden_act": "quick_gelu", "hidden_size": 768, "intermediate_size": 3072,
+                        "num_attention_heads": 12, "num_hidden_layers": 12, "projection_dim": 768}  # fmt: skip
+_SD2_TEXT = _SD_TEXT | {"hidden_act": "gelu", "hidden_size": 1024, "intermediate_size": 4096,
+                        "num_attention_heads": 16, "num_hidden_layers": 23, "projection_dim": 512}  # fmt: skip
+_SD_VAE = {
+    "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3, "latent_channels": 4, "layers_per_block": 2,
+    "norm_num_groups": 32, "out_channels": 3, "up_block_types": ["UpDecoderBlock2D"] * 4,
+}  # fmt: skip
+_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
+             "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "trained_betas": None}  # fmt: skip
+# What the configs of the published folders say, and no more: most are older than half of the keys there are today.
+PUBLISHED = {
+    "sd1": (_SD1_UNET | {"sample_size": 64}, _SD1_TEXT, _SD_BETAS),
+    "sd1_inpainting": (_SD1_UNET | {"sample_size": 64, "in_channels": 9}, _SD1_TEXT, _SD_BETAS),
+    "sd2_base": (_SD2_UNET | {"sample_size": 64}, _SD2_TEXT, _SD_BETAS | {"prediction_type": "epsilon"}),
+    "sd2_768": (_SD2_UNET | {"sample_size": 96, "upcast_attention": True}, _SD2_TEXT,
+                _SD_BETAS | {"prediction_type": "v_prediction"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_configs_are_those_of_the_published_models(name):
+    unet, text, scheduler = PUBLISHED[name]
+    assert LATENT_MODELS[name] == LatentModel(
+        diffusers_configs.read_unet(unet, scheduler, name),
+        diffusers_configs.read_autoencoder(_SD_VAE, name),
+        diffusers_configs.read_text_encoder(text, name),
+        diffusers_configs.read_parameterisation(scheduler, name),
+        unet["sample_size"],
+    )
+
+
 # Folders of diffusers
 
 
