@@ -10,7 +10,7 @@ from guided_distill.files import read_json, write_json, write_whole
 from guided_distill.interop import diffusers_configs as configs
 from guided_distill.interop import diffusers_names as names
 from guided_distill.interop.tensors import export_tree, import_tree
-from guided_distill.interop.weight_files import read_safetensors
+from guided_distill.interop.weight_files import read_safetensors, read_weights
 from guided_distill.models.latent_models import LatentModel, part_shapes
 
 VERSION = "0.42.1"  # whose layout this is: the inpainting pipeline asks for it
@@ -120,12 +120,15 @@ def _read_config(path):
 
 
 def _read_weights(folder, stem):
-    """{key: array} of <stem>.safetensors, or of the shards that an index beside it lists."""
+    """{key: array} of <stem>.safetensors, of the shards that an index beside it lists, or of PyTorch's file of old."""
     index = folder / f"{stem}.safetensors.index.json"
     files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [f"{stem}.safetensors"]
     state = {}
     for name in files:
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing; only safetensors are read (diffusers writes them by default)")
+            raise UserError(f"{folder / name} is missing; diffusers writes it by default")
         state |= read_safetensors(folder / name)
     return state
+    old = folder / ("pytorch_model.bin" if stem == "model" else f"{stem}.bin")
+    if old.is_file() and not (folder / files[0]).is_file():
+        return read_weights(old)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import shutil
+import sys
+import types
 
 import diffusers
 import jax
@@ -162,6 +165,18 @@ def test_what_diffusers_saves_again_we_read_as_it_was(written, pipeline, tmp_pat
     for place in ("unet", "vae", "text_encoder", "scheduler"):
         getattr(pipeline, place).save_pretrained(tmp_path / place)
     model, again = diffusers_folder.read_diffusers(tmp_path)
+    assert model == STUDENT
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_a_folder_of_before_there_were_safetensors_is_the_same(written, pipeline, tmp_path):
+    folder, params = written
+    shutil.copytree(folder, tmp_path / "old")
+    (tmp_path / "old/unet/diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "old/text_encoder/model.safetensors").unlink()
+    torch.save(pipeline.unet.state_dict(), tmp_path / "old/unet/diffusion_pytorch_model.bin")
+    torch.save(pipeline.text_encoder.state_dict(), tmp_path / "old/text_encoder/pytorch_model.bin")
+    model, again = diffusers_folder.read_diffusers(tmp_path / "old")
     assert model == STUDENT
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
