@@ -72,6 +72,12 @@ SOURCE = flags.DEFINE_string(
     "folder as diffusers writes it, or its single file. encode: what to make latents of, a prepared TFDS set or "
     "folder:DIR of pictures with captions (.txt) or classes, as files or in webdataset shards (.tar).",
 )
+UNET = flags.DEFINE_string(
+    "unet",
+    None,
+    "import: a file of a U-Net alone, under the keys of diffusers, in place of that of the folder --source; one that "
+    "takes w is a config.stage1.checkpoint.",
+)
 OUT = flags.DEFINE_string(
     "out",
     None,

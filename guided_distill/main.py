@@ -16,7 +16,7 @@ def _dispatch():
     if flag.MODE.value == "import":
         from guided_distill.interop import command
 
-        command.import_weights(flag.NETWORK.value, flag.SOURCE.value, flag.OUT.value)
+        command.import_weights(flag.NETWORK.value, flag.SOURCE.value, flag.OUT.value, flag.UNET.value)
         return
     config = flag.CONFIG.value.to_dict()
     if flag.MODE.value == "plan" or flag.DRY_RUN.value:

@@ -1,5 +1,6 @@
 """--mode=import of latent models: what goes in comes out of our own folder, and each mistake gets one line."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,10 +10,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from test_latent_imports import MODELS, random_params, refused
 
-from guided_distill.interop import command, compvis, diffusers_folder
+from guided_distill.interop import command, compvis, diffusers_folder, diffusers_names
 from guided_distill.interop.latent_folder import read_latent, write_latent
+from guided_distill.interop.tensors import export_tree
 from guided_distill.models.latent_models import LATENT_MODELS
 
 REPO = Path(__file__).parents[1]
@@ -28,16 +31,20 @@ def test_a_model_comes_back_bit_for_bit(name, tmp_path):
     assert read_latent(tmp_path, ["unet"])[1].keys() == {"unet"}
 
 
-def test_the_command_line_imports_a_folder(tmp_path):
-    params = random_params(MODELS["sd2"])
-    diffusers_folder.write_diffusers(tmp_path / "theirs", MODELS["sd2"], params)
-    program = [sys.executable, "-m", "guided_distill.main", "--mode=import"]
-    program += [f"--source={tmp_path / 'theirs'}", f"--out={tmp_path / 'ours'}"]
+def test_the_command_line_imports_a_folder_and_the_unet_of_a_file(tmp_path):
+    plain, student = MODELS["sd1"], dataclasses.replace(MODELS["student"], parameterisation="eps")
+    params, distilled = random_params(plain), random_params(student, seed=1)["unet"]
+    diffusers_folder.write_diffusers(tmp_path / "theirs", plain, params)
+    state = export_tree(diffusers_names.unet(student.unet), distilled)
+    safetensors.numpy.save_file(state, tmp_path / "distilled.safetensors")
+    program = [sys.executable, "-m", "guided_distill.main", "--mode=import", f"--source={tmp_path / 'theirs'}"]
+    program += [f"--unet={tmp_path / 'distilled.safetensors'}", f"--out={tmp_path / 'ours'}"]
     done = subprocess.run(program, env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True)
-    assert done.returncode == 0 and "predicts v, latents of 96" in done.stdout, done.stderr
+    assert done.returncode == 0 and "predicts eps, latents of 64" in done.stdout, done.stderr
+    assert "theirs with the U-Net of" in done.stdout
     model, read = read_latent(tmp_path / "ours")
-    assert model == MODELS["sd2"]
-    jax.tree.map(np.testing.assert_array_equal, read, params)
+    assert model == student
+    jax.tree.map(np.testing.assert_array_equal, read, params | {"unet": distilled})
 
 
 def test_the_command_imports_a_single_file(tmp_path, monkeypatch):
@@ -51,6 +58,9 @@ def test_the_command_imports_a_single_file(tmp_path, monkeypatch):
 def test_what_is_wrong_with_the_command_is_named(tmp_path):
     refused("must be one of efficientnet_lite0, .*, or --source a folder", command.import_weights, "sd9", None, None)
     refused("--source is missing: the file that holds sd1", command.import_weights, "sd1", None, None)
+    refused("--unet=u.pt: give --source=FOLDER too", command.import_weights, None, None, None, "u.pt")
+    (tmp_path / "a.ckpt").write_bytes(b"PK")
+    refused("--unet=u.pt: give --source=", command.import_weights, "sd1", str(tmp_path / "a.ckpt"), None, "u.pt")
     refused("a folder says itself", command.import_weights, "sd1_kind", str(tmp_path), None)
     diffusers_folder.write_diffusers(tmp_path, MODELS["sd1"], random_params(MODELS["sd1"]))
     refused("--out is missing", command.import_weights, None, str(tmp_path), None)

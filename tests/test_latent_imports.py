@@ -240,6 +240,32 @@ def test_weights_without_the_prefix_or_in_shards_are_the_same(folder):
         equal(expected[part], params)
 
 
+def test_a_file_of_a_unet_alone_stands_for_that_of_a_folder(folder, tmp_path):
+    """As those that are published by themselves do: what it says of w goes before what the folder says."""
+    student = dataclasses.replace(MODELS["student"], parameterisation="eps")
+    params, path = random_params(student, seed=1), tmp_path / "distilled.safetensors"
+    state = export_tree(diffusers_names.unet(student.unet), params["unet"])
+    safetensors.numpy.save_file(state, path)
+    plain = random_params(MODELS["sd1"])
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    model, read = diffusers_folder.read_diffusers(folder, path)
+    assert model == student and model.unet.w_channels == 8
+    for part, expected in (plain | {"unet": params["unet"]}).items():
+        equal(expected, read[part])
+    for change, says in (
+        (lambda state: state.update(extra=np.ones(1)), "distilled.safetensors does not fit.*left over: extra"),
+        (lambda state: state.pop("conv_in.bias"), "missing: conv_in.bias"),
+        (lambda state: state.update({"time_embedding.cond_proj.weight": np.ones((5, 8))}), r"cond_proj.* \(5, 8\)"),
+    ):
+        safetensors.numpy.save_file(state, path)
+        rewrite(path, change)
+        refused(says, diffusers_folder.read_diffusers, folder, path)
+    refused("nowhere.pt: no such file", diffusers_folder.read_diffusers, folder, tmp_path / "nowhere.pt")
+    diffusers_folder.write_diffusers(tmp_path / "student", student, params)
+    safetensors.numpy.save_file(export_tree(diffusers_names.unet(UNET), plain["unet"]), path)
+    assert not diffusers_folder.read_diffusers(tmp_path / "student", path)[0].unet.w_conditioned
+
+
 def test_what_is_wrong_with_a_folder_is_named(folder):
     read, unet = diffusers_folder.read_diffusers, folder / "unet/diffusion_pytorch_model.safetensors"
     whole = unet.read_bytes()

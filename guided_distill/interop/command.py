@@ -7,13 +7,14 @@ from guided_distill.interop import compvis, diffusers_folder, feature_weights, l
 from guided_distill.models.latent_models import LATENT_MODELS
 
 
-def import_weights(network, source, out):
+def import_weights(network, source, out, unet=None):
     """Converts a feature network into the cache, or a latent model into the folder `out`, and says so.
 
-    A latent model's `source` is a folder of diffusers, or a single file of the kind LATENT_MODELS[network]. Raises
-    UserError for what is missing or does not fit.
+    A latent model's `source` is a folder of diffusers, or a single file of the kind LATENT_MODELS[network]; a file
+    `unet` stands for the U-Net of a folder. Raises UserError for what is missing or does not fit.
     """
     path = None if source is None else pathlib.Path(source).expanduser()
+    _check_kind(path, unet)
     if network in LATENT_MODELS and (path is None or not path.is_dir()):
         if path is None:
             raise UserError(f"--source is missing: the file that holds {network}")
@@ -21,7 +22,7 @@ def import_weights(network, source, out):
     elif path is not None and path.is_dir():
         if network is not None:
             raise UserError(f"--network={network}: a folder says itself what it holds; leave --network away")
-        model, params = diffusers_folder.read_diffusers(path)
+        model, params = diffusers_folder.read_diffusers(path, unet)
     elif network in feature_weights.SOURCES:
         feature_weights.import_weights(network, source)
         return
@@ -32,6 +33,12 @@ def import_weights(network, source, out):
         raise UserError("--out is missing: the folder that the converted model goes to")
     tokenizer = path / "tokenizer" if (path / "tokenizer").is_dir() else None
     latent_folder.write_latent(out, model, params, tokenizer)
-    print(f"{latent_folder.describe(model, params)}: {path} is now in {out}")
+    what = path if unet is None else f"{path} with the U-Net of {unet}"
+    print(f"{latent_folder.describe(model, params)}: {what} is now in {out}")
     if model.text_encoder is not None and tokenizer is None:
         print(f"{path} has no tokenizer: put vocab.json and merges.txt of its text encoder into {out}/tokenizer")
+
+
+def _check_kind(path, unet):
+    if unet is not None and not (path is not None and path.is_dir()):
+        raise UserError(f"--unet={unet}: give --source=FOLDER too, of diffusers, with all else that the model has")

@@ -1,5 +1,6 @@
 """Folders of diffusers -> our latent models, and back: configs, weights in safetensors, tokenizer and scheduler."""
 
+import dataclasses
 import pathlib
 import shutil
 
@@ -22,36 +23,44 @@ PARTS = {
 }
 
 
-def read_diffusers(folder):
+def read_diffusers(folder, unet=None):
     """A folder of a Stable Diffusion pipeline -> (LatentModel, {part: parameters f32}).
 
-    Raises UserError that names a file that is missing, a config that our networks do not have, or the keys that do not
-    fit.
+    `unet`: a file of weights under diffusers' keys (.safetensors, or PyTorch's) in place of the folder's own U-Net,
+    whose config still holds but for w, which the file's keys tell of. Raises UserError that names a file that is
+    missing, a config that our networks do not have, or the keys that do not fit.
     """
     folder = pathlib.Path(folder).expanduser()
     theirs = {part: _read_config(folder / place / "config.json") for part, (place, *_) in PARTS.items()}
     scheduler = _read_config(folder / "scheduler" / "scheduler_config.json")
-    unet = configs.read_unet(theirs["unet"], scheduler, folder / "unet")
+    config = configs.read_unet(theirs["unet"], scheduler, folder / "unet")
+    given = None if unet is None else read_weights(pathlib.Path(unet).expanduser())
     model = LatentModel(
-        unet,
+        config if given is None else _as_taking_w(config, given),
         configs.read_autoencoder(theirs["autoencoder"], folder / "vae"),
         configs.read_text_encoder(theirs["text_encoder"], folder / "text_encoder"),
         configs.read_parameterisation(scheduler, folder / "scheduler"),
         theirs["unet"].get("sample_size") or 64,
     )
-    if model.text_encoder.width != unet.context_dim:
+    if model.text_encoder.width != config.context_dim:
         raise UserError(
-            f"{folder}: the text encoder is {model.text_encoder.width} wide, the U-Net attends to {unet.context_dim}: "
-            "they are parts of different models"
+            f"{folder}: the text encoder is {model.text_encoder.width} wide, the U-Net attends to "
+            f"{config.context_dim}: they are parts of different models"
         )
-    return model, {part: read_part(folder, part, getattr(model, part)) for part in model.parts}
+    params = {}
+    for part, (place, stem, names_of) in PARTS.items():
+        ours, from_file = getattr(model, part), part == "unet" and given is not None
+        state = given if from_file else _known(part, _read_weights(folder / place, stem))
+        params[part] = import_tree(names_of(ours), part_shapes(ours), state, unet if from_file else folder / place)
+    return model, params
 
 
-def read_part(folder, part, config):
-    """The parameters of one part of a folder. Raises UserError as `read_diffusers` does."""
-    place, stem, names_of = PARTS[part]
-    path = pathlib.Path(folder) / place
-    return import_tree(names_of(config), part_shapes(config), _known(part, _read_weights(path, stem)), path)
+def _as_taking_w(config, state):
+    """The config of a U-Net's weights: it takes w if they hold a matrix for its sinusoid, which is as wide as that."""
+    kernel = state.get(f"{names.UNET_ENDS['embedding/w']}.weight")
+    if kernel is None:
+        return dataclasses.replace(config, w_conditioned=False)
+    return dataclasses.replace(config, w_conditioned=True, w_channels=kernel.shape[-1])
 
 
 def write_diffusers(folder, model, params, tokenizer=None):
@@ -123,12 +132,12 @@ def _read_weights(folder, stem):
     """{key: array} of <stem>.safetensors, of the shards that an index beside it lists, or of PyTorch's file of old."""
     index = folder / f"{stem}.safetensors.index.json"
     files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else [f"{stem}.safetensors"]
+    old = folder / ("pytorch_model.bin" if stem == "model" else f"{stem}.bin")
+    if old.is_file() and not (folder / files[0]).is_file():
+        return read_weights(old)
     state = {}
     for name in files:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is missing; diffusers writes it by default")
         state |= read_safetensors(folder / name)
     return state
-    old = folder / ("pytorch_model.bin" if stem == "model" else f"{stem}.bin")
-    if old.is_file() and not (folder / files[0]).is_file():
-        return read_weights(old)

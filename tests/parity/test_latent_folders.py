@@ -181,6 +181,21 @@ def test_a_folder_of_before_there_were_safetensors_is_the_same(written, pipeline
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+def test_a_unet_that_diffusers_saved_by_itself_stands_for_the_folders(written, tmp_path):
+    """As the distilled U-Nets of arXiv 2406.14539: PyTorch's file of a state dict, with a sinusoid of w 512 wide."""
+    folder, params = written
+    said = diffusers_configs.write_unet(UNET, 8) | {"time_cond_proj_dim": 512}
+    state = diffusers.UNet2DConditionModel.from_config(said).state_dict()
+    torch.save(state, tmp_path / "cfg_distill.pt")
+    model, read = diffusers_folder.read_diffusers(folder, tmp_path / "cfg_distill.pt")
+    assert model == dataclasses.replace(STUDENT, unet=dataclasses.replace(UNET, w_channels=512))
+    back = export_tree(diffusers_names.unet(model.unet), read["unet"])
+    assert back.keys() == state.keys()
+    for key, value in state.items():
+        np.testing.assert_array_equal(back[key], value.numpy(), err_msg=key)
+    jax.tree.map(np.testing.assert_array_equal, read["autoencoder"], params["autoencoder"])
+
+
 # Single files
 
 KINDS = {
