@@ -110,7 +110,7 @@ def use_sd_unet(config, **values):
     """
     betas = values.get("betas", (0.00085, 0.012))
     config.model = ml_collections.ConfigDict(
-        {"name": "sd_unet", "dtype": "bfloat16", "remat": True, "remat_policy": "nothing", **values}
+        {"name": "sd_unet", "w_channels": 256, "dtype": "bfloat16", "remat": True, "remat_policy": "nothing", **values}
     )
     config.schedule = ml_collections.ConfigDict(
         {"name": "discrete_betas", "beta_start": betas[0], "beta_end": betas[1], "num_betas": 1000}

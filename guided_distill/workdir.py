@@ -295,7 +295,7 @@ def _check_imported(config, name, path):
     if experiment.backbone != "sd_unet":
         raise UserError(f"{key}: {path} is a latent model; config.model.name is {experiment.backbone!r}, not 'sd_unet'")
     ours = make_module(experiment, name == "stage1", experiment.parameterisation).config
-    free = {"dtype", "remat", "remat_policy", "w_conditioned"}
+    free = {"dtype", "remat", "remat_policy", "w_conditioned", *(() if theirs.unet.w_conditioned else ("w_channels",))}
     lines = [
         f"{field.name}: {getattr(theirs.unet, field.name)} -> {getattr(ours, field.name)}"
         for field in dataclasses.fields(ours)

@@ -201,14 +201,23 @@ def test_what_would_fail_late_is_named_at_once(encoded, tmp_path, updates, seed,
 
 
 def test_a_network_that_takes_w_begins_at_stage_two(encoded, tmp_path):
+    """Its sinusoid of w may be of another width than ours; the first halving starts from its weights and moves them."""
     folder, _ = encoded
-    student = dataclasses.replace(MODEL, unet=dataclasses.replace(MODEL.unet, w_conditioned=True))
+    student = dataclasses.replace(MODEL, unet=dataclasses.replace(MODEL.unet, w_conditioned=True, w_channels=16))
     params = random_params(student, seed=1)
     write_latent(tmp_path / "student", student, params)
-    config = latent_config(folder, **{"to_v.updates": 0, "stage1.checkpoint": str(tmp_path / "student")})
+    given = {"to_v.updates": 0, "stage1.checkpoint": str(tmp_path / "student")}
+    with pytest.raises(UserError, match=r"config.stage1.checkpoint: .* \(w_channels: 16 -> 256\)"):
+        pipeline.open_run(latent_config(folder, **given), tmp_path / "run")
+    config = latent_config(folder, **given, **{"model.w_channels": 16, "stage2.updates": 1})
     run = pipeline.open_run(config, tmp_path / "run")
-    assert run.finished(run.stage("stage1")) and not run.finished(run.stage("stage2_det_0002"))
-    jax.tree.map(np.testing.assert_array_equal, run.params_of(run.stage("stage1")), params["unet"])
+    stage1, halving = run.stage("stage1"), run.stage("stage2_det_0002")
+    assert run.finished(stage1) and not run.finished(halving)
+    jax.tree.map(np.testing.assert_array_equal, run.params_of(stage1), params["unet"])
+    with pipeline.RunProgress(1, enabled=False) as progress:
+        pipeline.train_stage(run, halving, progress)
+    kernel, moved = (tree["embedding"]["w"]["kernel"] for tree in (params["unet"], run.params_of(halving)))
+    assert 0.0 < np.abs(moved - kernel).max() < 1e-2
 
 
 def test_what_does_not_go_together_is_named(tmp_path):
