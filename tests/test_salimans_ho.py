@@ -15,6 +15,7 @@ from tiny import tiny_config
 from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
 from guided_distill.interop import salimans_ho
+from guided_distill.interop.command import import_weights
 from guided_distill.models import make_model_fn
 from guided_distill.models.unet import UNet, UNetConfig
 from guided_distill.stages import make_stages
@@ -162,6 +163,15 @@ def test_what_does_not_fit_is_named(tmp_path, spoil, says):
     path.write_bytes(flax.serialization.msgpack_serialize(spoil(state)))
     with pytest.raises(UserError, match=says):
         salimans_ho.read_checkpoint(path, CONFIG, shapes(CONFIG))
+
+
+@pytest.mark.parametrize("network", [None, "sd1", "inception_v3"])
+def test_an_import_of_one_says_that_it_needs_none(tmp_path, network):
+    path = tmp_path / "checkpoint"
+    path.write_bytes(flax.serialization.to_bytes({"step": 7, "ema_params": {"a": np.ones(3)}}))
+    with pytest.raises(UserError, match=f"need no import: --config.teacher.checkpoint={path} reads them") as error:
+        import_weights(network, str(path), None)
+    assert "\n" not in str(error.value)
 
 
 def without(state, name):

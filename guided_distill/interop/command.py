@@ -3,7 +3,7 @@
 import pathlib
 
 from guided_distill.errors import UserError
-from guided_distill.interop import compvis, diffusers_folder, feature_weights, latent_folder
+from guided_distill.interop import compvis, diffusers_folder, feature_weights, latent_folder, salimans_ho
 from guided_distill.models.latent_models import LATENT_MODELS
 
 
@@ -42,3 +42,8 @@ def import_weights(network, source, out, unet=None):
 def _check_kind(path, unet):
     if unet is not None and not (path is not None and path.is_dir()):
         raise UserError(f"--unet={unet}: give --source=FOLDER too, of diffusers, with all else that the model has")
+    if path is not None and path.is_file() and salimans_ho.looks_like_one(path):
+        raise UserError(
+            f"{path} is a checkpoint of Flax, as those of diffusion_distillation (Salimans & Ho) are; these need no "
+            f"import: --config.teacher.checkpoint={path} reads them"
+        )

@@ -71,6 +71,12 @@ def is_checkpoint(path):
     return absolute(path).is_file()
 
 
+def looks_like_one(path):
+    """Whether a file begins as they do: a map of msgpack whose first key is a word, which no other weights here are."""
+    with path.open("rb") as file:
+        return re.match(rb"[\x81-\x8f][\xa1-\xbf][a-z_]{4}", file.read(6)) is not None
+
+
 def read_checkpoint(path, config, shapes):
     """(the averaged parameters f32, the number of steps of a distilled student, else 0) of a checkpoint.
 
