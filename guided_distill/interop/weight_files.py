@@ -66,9 +66,10 @@ def _read_torch(path):
         with torch.serialization.safe_globals([(_Unread, name) for name in _BESIDES]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and PyTorch each raise their own
-        reason = str(error).strip().splitlines()[0]
+        said = str(error).split("WeightsUnpickler error: ")[-1].strip()  # before it stands advice to run what is there
+        reason = (said or type(error).__name__).splitlines()[0][:100]
         raise UserError(
-            f"{path} cannot be read as weights alone ({reason[:100]}); give it as safetensors, which runs no code"
+            f"{path} cannot be read as weights alone ({reason}); give it as safetensors, which runs no code"
         ) from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not tensors by their names")
