@@ -202,7 +202,7 @@ def _reference_images(run, reference, w):
     """The reference teacher's first images for a w, f16: drawn again only where they are not on disk any more."""
     path = _directory(run) / f"{reference.file(w)}.images.npy"
     if distributed.agreed(path.exists):
-        return np.load(path, allow_pickle=False)
+        return _load_images(path)
     num = min(run.experiment.evaluate.num_samples, _compared(run))
     batches = _drawn(run, reference, run.params_of(reference.stage), w, num=num, num_steps=reference.num_steps)
     return _keep_images(run, path, np.concatenate([x for _, _, x, _ in batches]))
@@ -303,6 +303,10 @@ def _keep_images(run, path, x):
     return x
 
 
+def _load_images(path):
+    return np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)  # given a path, it looks on this machine alone
+
+
 def _row(run, entry, w, seconds, measured, yardsticks):
     given = run.given(entry.stage)
     return {
@@ -385,7 +389,7 @@ def _comparison(run, entries):
     groups = []
     for w in config.w:
         rows = [
-            (entry.label, np.load(directory / f"{entry.file(w)}.npy", allow_pickle=False).astype(np.float32))
+            (entry.label, _load_images(directory / f"{entry.file(w)}.npy").astype(np.float32))
             for entry in drawn
             if w in entry.strengths(config)
         ]

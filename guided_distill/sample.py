@@ -11,7 +11,7 @@ from etils import epath
 from guided_distill import generate, pictures, pipeline
 from guided_distill.errors import UserError
 from guided_distill.evaluation.image_files import read_picture
-from guided_distill.files import write_whole
+from guided_distill.files import in_bucket, write_whole
 from guided_distill.masks import shrink
 from guided_distill.records import times
 from guided_distill.text import words_of
@@ -206,7 +206,7 @@ def _check(w_range, num_labels, w, labels, num, out):
         raise UserError(f"--num={num}: at least one image is needed")
     if os.path.splitext(out)[1] not in (".png", ".npz"):
         raise UserError(f"--out={out}: must end in .png (a grid) or .npz (arrays)")
-    if not epath.Path(out).parent.exists():
+    if not in_bucket(out) and not epath.Path(out).parent.exists():
         raise UserError(f"--out={out}: there is no directory {epath.Path(out).parent}")
 
 

@@ -1,15 +1,20 @@
 """The whole chain, tiny, in this process; `test_main` runs it as a user does."""
 
+import itertools
 import json
+import pathlib
+import re
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
+from fake_bucket import fake_bucket
 from stopping import Stopped, stop_after
 from tiny import quick_config
 
-from guided_distill import metrics, pipeline
+from guided_distill import errors, metrics, pipeline, preemption, sample
 from guided_distill.errors import UserError
 
 STAGES = ["00_teacher", "01_stage1", "02_stage2_det_0002", "03_stage2_det_0001"]
@@ -18,6 +23,10 @@ STAGES = ["00_teacher", "01_stage1", "02_stage2_det_0002", "03_stage2_det_0001"]
 def weights(workdir):
     run = pipeline.open_run(quick_config(), workdir)
     return {stage.name: jax.device_get(run.params_of(stage)) for stage in run.stages}
+
+
+def assert_same(ours, theirs):
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), ours, theirs))
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +107,75 @@ def test_a_chain_interrupted_in_every_stage_ends_with_the_same_weights(finished,
             pipeline.run(quick_config(), tmp_path)
     monkeypatch.undo()
     pipeline.run(quick_config(), tmp_path)
-    ours, theirs = weights(tmp_path), weights(finished)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), ours, theirs))
+    assert_same(weights(tmp_path), weights(finished))
+
+
+BUCKET = "gs://bucket/runs/whole"
+
+
+def bytes_in(files):
+    """{name within the run: content}, Orbax's own files apart; metrics and events as one file each, its segments."""
+    found = {}
+    for name, content in sorted(files):
+        if not re.match(r"\d\d_\w+/check(points|sums)/", name):
+            name = re.sub(r"metrics(\.\d+)?\.jsonl$", "metrics", re.sub(r"events\.out\..*", "events", name))
+            found[name] = found.get(name, b"") + content
+    return found
+
+
+def files_of(workdir):
+    workdir = pathlib.Path(workdir)
+    return bytes_in((str(p.relative_to(workdir)), p.read_bytes()) for p in workdir.rglob("*") if p.is_file())
+
+
+def timeless(summary):
+    return {**summary, "rows": [{**row, "seconds_per_image": None} for row in summary["rows"]]}
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_stopped_on_the_way_is_the_run_on_disk(finished, tmp_path, monkeypatch):
+    config = quick_config(**{"log.sample_every": 4})
+    with fake_bucket(monkeypatch) as store:
+        asks = itertools.count()
+        # Before the second update of stage one, and when four rows of the evaluation are measured.
+        monkeypatch.setattr(preemption, "asked", lambda: next(asks) in (8, 27))
+        for rows in (0, 4):
+            with pytest.raises(errors.Stopped):
+                pipeline.run(config, BUCKET)
+            summary = store.get("/bucket/runs/whole/summary.json")
+            assert len(json.loads(summary.getvalue())["rows"]) == rows if rows else summary is None
+        pipeline.run(config, BUCKET)
+        under = "/bucket/runs/whole/"
+        there = {name.removeprefix(under): file.getvalue() for name, file in store.items() if name.startswith(under)}
+        theirs, ours = files_of(finished), bytes_in(there.items())
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            if name.endswith(".png"):
+                assert ours[name] == theirs[name], name
+        assert timeless(json.loads(ours["summary.json"])) == timeless(json.loads(theirs["summary.json"]))
+        for name in STAGES:
+            losses = [
+                [line["loss"] for line in metrics.read_metrics(run / name)] for run in (epath.Path(BUCKET), finished)
+            ]
+            assert losses[0] == losses[1]
+        pictures_shown = [report["report.html"].count(b"data:image/webp") for report in (ours, theirs)]
+        assert pictures_shown[0] == pictures_shown[1] > 0
+        runs = [pipeline.open_run(config, workdir) for workdir in (BUCKET, finished)]
+        assert_same(*(run.params_of(run.stages[-1]) for run in runs))  # which come from those of all stages before it
+        before = dict(store)
+        for out in (f"{BUCKET}/drawn/samples.npz", str(tmp_path / "samples.npz")):
+            workdir = BUCKET if "://" in out else finished
+            sample.sample(config, workdir, num_steps=1, series=None, w=1.0, labels=None, num=8, seed=3, out=out)
+        (drawn,) = store.keys() - before.keys()
+        assert drawn == under + "drawn/samples.npz"
+        assert store[drawn].getvalue() == (tmp_path / "samples.npz").read_bytes()
+        pipeline.open_run(quick_config(**{"teacher.checkpoint": BUCKET}), tmp_path)  # a teacher may lie there
 
 
 def test_a_teacher_trained_earlier_is_taken_as_it_is(finished, tmp_path):
     pipeline.run(quick_config(**{"teacher.checkpoint": str(finished)}), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [*STAGES[1:], "evaluation"]
-    ours, theirs = weights_with(tmp_path, finished), weights(finished)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), ours, theirs))
+    assert_same(weights_with(tmp_path, finished), weights(finished))
 
 
 def weights_with(workdir, teacher):
