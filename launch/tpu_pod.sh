@@ -14,17 +14,20 @@
 # mistake in the command).
 set -euo pipefail
 
-: "${TPU_NAME:?the name of the slice}" "${ZONE:?its zone}"
+if [[ $# -eq 0 ]]; then
+  echo "usage: launch/tpu_pod.sh setup | launch/tpu_pod.sh --config=FILE --workdir=gs://... [...]" >&2
+  exit 2
+fi
+if [[ -z ${TPU_NAME:-} || -z ${ZONE:-} ]]; then
+  echo "which slice? export TPU_NAME=its-name ZONE=its-zone" >&2
+  exit 2
+fi
 on_all_workers() {
   gcloud compute tpus tpu-vm ssh "$TPU_NAME" --zone="$ZONE" --worker=all --command="$1"
 }
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-case "${1:-}" in
-  "")
-    echo "usage: launch/tpu_pod.sh setup | launch/tpu_pod.sh --config=FILE --workdir=gs://... [...]" >&2
-    exit 2
-    ;;
+case $1 in
   setup)
     archive=$(mktemp -d)
     trap 'rm -rf "$archive"' EXIT
@@ -38,8 +41,11 @@ case "${1:-}" in
   *)
     # What an interrupted connection left running holds the chips: it is told to save and stop first.
     printf -v arguments '%q ' "$@"
-    on_all_workers "cd guided_distill && if [ -f run.pid ]; then kill -TERM -\"\$(cat run.pid)\" 2>/dev/null &&
-      timeout 120 tail --pid=\"\$(cat run.pid)\" -f /dev/null; kill -KILL -\"\$(cat run.pid)\" 2>/dev/null; fi
+    on_all_workers "cd guided_distill || { echo 'no sources here: launch/tpu_pod.sh setup brings them' >&2; exit 2; }
+      if [ -f run.pid ]; then
+        kill -TERM -\"\$(cat run.pid)\" 2>/dev/null && timeout 120 tail --pid=\"\$(cat run.pid)\" -f /dev/null
+        kill -KILL -\"\$(cat run.pid)\" 2>/dev/null
+      fi
       setsid .venv/bin/python -m guided_distill.main --coordinator=auto $arguments & echo \$! > run.pid; wait \$!"
     ;;
 esac

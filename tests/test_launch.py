@@ -1,10 +1,12 @@
 """How a run is launched on several processes, as far as can be seen without a cluster."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -131,3 +133,135 @@ def test_local_stops_the_others_when_one_fails(tmp_path):
 def test_local_says_how_it_is_used(tmp_path, arguments):
     done = local(tmp_path, "", *arguments)
     assert done.returncode == 2 and "usage: launch/local.sh N" in done.stderr
+
+
+def stub(directory, name, program, interpreter="/usr/bin/env bash"):
+    """A program of that name, in a directory for PATH."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / name).write_text(f"#!{interpreter}\n{program}\n")
+    (directory / name).chmod(0o755)
+
+
+def launched(script, *arguments, **environment):
+    environment = {key: str(value) for key, value in environment.items()}
+    return subprocess.Popen(
+        [LAUNCH / script, *arguments],
+        env={key: value for key, value in os.environ.items() if key not in ("TPU_NAME", "ZONE")} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def said_by(process):
+    """(what it said, its exit code)."""
+    stdout, stderr = process.communicate(timeout=60)
+    return stdout + stderr, process.returncode
+
+
+def batch(tmp_path, srun, *arguments):
+    """(exit code, arguments of srun, arguments of scontrol or None) of slurm.sbatch, `srun` in place of SLURM's."""
+    stub(tmp_path / "bin", "srun", f"printf '%s\\n' \"$@\" >{tmp_path}/srun\n{srun}")
+    stub(tmp_path / "bin", "scontrol", f'echo "$@" >{tmp_path}/scontrol')
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    _, code = said_by(
+        launched("slurm.sbatch", *arguments, PATH=path, VENV="/env", SLURM_JOB_ID=123, SLURM_CPUS_PER_TASK=8)
+    )
+    scontrol = tmp_path / "scontrol"
+    return code, (tmp_path / "srun").read_text().splitlines(), scontrol.read_text() if scontrol.exists() else None
+
+
+@pytest.mark.parametrize(
+    ("srun", "expected"),
+    [
+        ("exit 0", (0, None)),
+        ("exit 1", (1, None)),
+        ("exit 2", (2, None)),
+        ("exit 75", (0, "requeue 123\n")),
+        ("kill -TERM $PPID; sleep 0.1; exit 75", (0, "requeue 123\n")),  # the script itself is told as well
+    ],
+)
+def test_a_job_of_slurm_is_queued_again_after_75_alone(tmp_path, srun, expected):
+    code, told, scontrol = batch(tmp_path, srun, "--config=a b", '--workdir=it\'s "here"')
+    assert (code, scontrol) == expected
+    program = ["/env/bin/python", "-m", "guided_distill.main"]
+    assert told == ["--wait=60", "--cpus-per-task=8", *program, "--config=a b", '--workdir=it\'s "here"']
+
+
+WORKER = """
+import json, pathlib, signal, sys, time
+
+def say(what):
+    with open("said", "a") as file:
+        print(json.dumps(what), file=file)
+
+def stop(*_):
+    time.sleep(0.3)
+    say("stopped")
+    sys.exit(75)
+
+signal.signal(signal.SIGTERM, stop)
+say(sys.argv[1:])
+if "--long" in sys.argv:
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def slice_of_one(tmp_path):
+    """A home of a worker, and the environment in which gcloud runs there what it is told to run on all workers."""
+    told = f'printf "%s\\n" "$@" >{tmp_path}/gcloud\n'
+    told += f'for last; do :; done; cd {tmp_path}/home && exec bash -c "${{last#--command=}}"'
+    stub(tmp_path / "bin", "gcloud", told)
+    stub(tmp_path / "home/guided_distill/.venv/bin", "python", WORKER, f"{sys.executable} -S")
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    return tmp_path / "home/guided_distill", {"PATH": path, "TPU_NAME": "my-slice", "ZONE": "my-zone"}
+
+
+def lines_of(path, count):
+    """The JSON of the first lines of a file, once they are there."""
+    for _ in range(600):
+        lines = path.read_text().splitlines() if path.exists() else []
+        if len(lines) >= count:
+            return list(map(json.loads, lines))
+        time.sleep(0.05)
+    pytest.fail(f"{lines} after half a minute")
+
+
+def test_the_same_command_on_a_tpu_stops_what_was_left_running_and_starts_anew(slice_of_one, tmp_path):
+    home, environment = slice_of_one
+    arguments = ["--config=a b", '--note=it\'s "$HOME"; exit  3', "--empty="]
+    first = launched("tpu_pod.sh", *arguments, "--long", **environment)
+    command = ["-m", "guided_distill.main", "--coordinator=auto", *arguments]
+    assert lines_of(home / "said", 1) == [[*command, "--long"]]
+    assert said_by(launched("tpu_pod.sh", *arguments, **environment)) == ("", 0)
+    assert lines_of(home / "said", 3) == [[*command, "--long"], "stopped", command]
+    assert said_by(first) == ("", 75)
+    told = (tmp_path / "gcloud").read_text().splitlines()
+    assert told[:7] == ["compute", "tpus", "tpu-vm", "ssh", "my-slice", "--zone=my-zone", "--worker=all"]
+
+
+def test_on_a_tpu_the_exit_code_is_the_programs(slice_of_one):
+    home, environment = slice_of_one
+    (home / ".venv/bin/python").write_text("#!/bin/sh\nexit 2\n")
+    assert said_by(launched("tpu_pod.sh", "--config=x", **environment))[1] == 2
+
+
+def test_a_tpu_without_the_sources_is_told_how_to_get_them(slice_of_one):
+    home, environment = slice_of_one
+    shutil.rmtree(home)
+    said, code = said_by(launched("tpu_pod.sh", "--config=x", **environment))
+    assert code == 2 and "launch/tpu_pod.sh setup" in said and not (home.parent / "run.pid").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "says"),
+    [
+        ((), {}, "usage: launch/tpu_pod.sh setup | "),
+        (("--config=x",), {}, "export TPU_NAME="),
+        (("--config=x",), {"TPU_NAME": "slice"}, "ZONE="),
+    ],
+)
+def test_a_tpu_that_is_not_named_is_asked_for_in_one_line(arguments, environment, says):
+    said, code = said_by(launched("tpu_pod.sh", *arguments, **environment))
+    assert code == 2 and says in said and said.count("\n") == 1
