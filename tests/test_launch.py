@@ -1,5 +1,6 @@
 """How a run is launched on several processes, as far as can be seen without a cluster."""
 
+import copy
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jobset_schema import faults
 
 from guided_distill.distributed import arguments_of
 from guided_distill.errors import UserError
@@ -75,9 +77,41 @@ def test_scripts_pass_shellcheck_and_can_be_run(name):
     assert os.access(LAUNCH / name, os.X_OK)
 
 
+JOB_SET = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+
+
+def test_the_jobset_is_of_its_schema():
+    assert list(faults(JOB_SET)) == []
+
+
+JOB_AT = ("spec", "replicatedJobs", 0, "template", "spec")
+POD_AT = (*JOB_AT, "template", "spec")
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "says"),
+    [
+        (("spec", "failurepolicy"), {}, "JobSet.spec: unknown key failurepolicy"),
+        (("spec", "failurePolicy", "maxRestarts"), "100", "JobSet.spec.failurePolicy.maxRestarts is '100'"),
+        (("spec", "failurePolicy", "rules", 0), {"action": "Fail"}, "rules[0]: no name"),
+        ((*JOB_AT, "backOffLimit"), 0, "template.spec: unknown key backOffLimit"),
+        ((*POD_AT, "restartPolicy"), "Always", "restartPolicy is 'Always'"),
+        ((*POD_AT, "containers", 0, "args"), "--config", "args is '--config'"),
+        ((*POD_AT, "nodeSelector", "chips"), 4, "nodeSelector.chips is 4"),
+    ],
+)
+def test_what_is_not_of_the_schema_is_found(where, value, says):
+    wrong = copy.deepcopy(JOB_SET)
+    *above, last = where
+    part = wrong
+    for key in above:
+        part = part[key]
+    part[last] = value
+    assert says in "\n".join(faults(wrong))
+
+
 def test_the_jobset_has_what_a_slice_needs():
-    job_set = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
-    assert (job_set["apiVersion"], job_set["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    job_set = JOB_SET
     assert job_set["spec"]["failurePolicy"]["maxRestarts"] > 0
     (replicated,) = job_set["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
