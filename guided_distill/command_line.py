@@ -34,7 +34,7 @@ COORDINATOR = flags.DEFINE_string(
     "coordinator",
     None,
     "host:port of process 0, where there are several processes; auto: as JAX finds it out. Not needed on SLURM, under "
-    "Open MPI and on TPU slices of GKE.",
+    "Open MPI up to 4 and on TPU slices of GKE; under Open MPI 5 it is enough by itself.",
 )
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many processes there are.")
 PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which of them this one is, from 0.")

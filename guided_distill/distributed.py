@@ -9,6 +9,12 @@ from jax.experimental import multihost_utils
 
 from guided_distill.errors import Fault, UserError
 
+_OPEN_MPI = {
+    "num_processes": "OMPI_COMM_WORLD_SIZE",
+    "process_id": "OMPI_COMM_WORLD_RANK",
+    "local_device_ids": "OMPI_COMM_WORLD_LOCAL_RANK",  # a GPU for each process, as JAX has it where it finds all out
+}
+
 
 def initialise(coordinator=None, num_processes=None, process_id=None):
     """Connects this process with the others, before the first use of a device. Does nothing for a single process."""
@@ -18,7 +24,16 @@ def initialise(coordinator=None, num_processes=None, process_id=None):
             jax.distributed.initialize(**arguments)
         except (RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"the processes cannot be brought together ({reason}); see --coordinator") from error
+            raise UserError(
+                f"the processes cannot be brought together ({reason}); {_remedy(arguments, os.environ)}"
+            ) from error
+
+
+def _remedy(arguments, environment):
+    if arguments:
+        return "see --coordinator"
+    others = "" if _OPEN_MPI["process_id"] in environment else ", with --num_processes and --process_id"
+    return f"say where process 0 is: --coordinator=host:port{others}"
 
 
 def several():
@@ -61,29 +76,32 @@ def of_main(tree):
 def arguments_of(coordinator, num_processes, process_id, environment):
     """Arguments of `jax.distributed.initialize`: {} where JAX finds them out itself, None for a single process.
 
-    `coordinator` is "host:port" of process 0, "auto", or None. Raises UserError where something is missing.
+    `coordinator` is "host:port" of process 0, "auto", or None; under Open MPI the address alone is enough, which its
+    version 5 does not tell. Raises UserError where something is missing.
     """
-    told = {"--num_processes": num_processes, "--process_id": process_id}
+    told = {"num_processes": num_processes, "process_id": process_id}
     if coordinator in (None, "auto"):
-        for flag, value in told.items():
+        for name, value in told.items():
             if value is not None:
-                raise UserError(f"{flag}={value} needs --coordinator=host:port, the address of process 0")
+                raise UserError(f"--{name}={value} needs --coordinator=host:port, the address of process 0")
         return {} if coordinator == "auto" or _is_cluster(environment) else None
-    for flag, value in told.items():
+    if set(told.values()) == {None} and environment.keys() >= {*_OPEN_MPI.values()}:
+        told = {name: int(environment[variable]) for name, variable in _OPEN_MPI.items()}
+    for name, value in told.items():
         if value is None:
-            raise UserError(f"--coordinator={coordinator} needs {flag}")
+            raise UserError(f"--coordinator={coordinator} needs --{name}")
     if not coordinator.rpartition(":")[2].isdigit():
         raise UserError(f"--coordinator={coordinator}: must be host:port, such as 10.0.0.2:1234")
-    if not 0 <= process_id < num_processes:
-        raise UserError(f"--process_id={process_id}: must be one of 0 ... {num_processes - 1}")
-    return {"coordinator_address": coordinator, "num_processes": num_processes, "process_id": process_id}
+    if not 0 <= told["process_id"] < told["num_processes"]:
+        raise UserError(f"--process_id={process_id}: must be one of 0 ... {told['num_processes'] - 1}")
+    return {"coordinator_address": coordinator, **told}
 
 
 def _is_cluster(environment):
     """Whether this is one of several processes, as SLURM's srun, Open MPI's mpirun or GKE's TPU slices tell theirs."""
     several = (
         int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1,
-        int(environment.get("OMPI_COMM_WORLD_SIZE") or 1) > 1,
+        int(environment.get(_OPEN_MPI["num_processes"]) or 1) > 1,
         "," in environment.get("TPU_WORKER_HOSTNAMES", ""),
         "MEGASCALE_COORDINATOR_ADDRESS" in environment,
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from forked import run_main
 from jobset_schema import faults
 
 from guided_distill.distributed import arguments_of
@@ -43,6 +44,31 @@ def test_what_is_told_goes_before_the_environment():
     told = {"coordinator_address": "10.0.0.2:1234", "num_processes": 4, "process_id": 3}
     assert arguments_of("10.0.0.2:1234", 4, 3, {"SLURM_STEP_NUM_TASKS": "16"}) == told
     assert arguments_of("auto", None, None, {}) == {}
+
+
+OPEN_MPI_5 = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+
+
+def test_under_open_mpi_the_address_of_process_0_is_enough():
+    told = {"coordinator_address": "node0:1234", "num_processes": 4, "process_id": 3}
+    assert arguments_of("node0:1234", None, None, OPEN_MPI_5) == {**told, "local_device_ids": 1}
+    assert arguments_of("node0:1234", 4, 3, OPEN_MPI_5) == told
+    with pytest.raises(UserError, match="--coordinator=node0: must be host:port"):
+        arguments_of("node0", None, None, OPEN_MPI_5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        (OPEN_MPI_5, r"say where process 0 is: --coordinator=host:port$"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "--coordinator=host:port, with --num_processes and --process_id$"),
+    ],
+)
+def test_a_cluster_that_jax_does_not_find_its_way_in_is_one_line_with_the_remedy(tmp_path, environment, says):
+    done = run_main(["--config=configs/digits.py", f"--workdir={tmp_path}"], env=os.environ | environment)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and re.search(says, line), line
 
 
 @pytest.mark.parametrize(
