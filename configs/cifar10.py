@@ -19,5 +19,6 @@ def get_config():
     config.teacher.update(updates=800_000, batch_size=128, learning_rate=2e-4, weight_decay=0.001)
     config.stage1.update(batch_size=128, learning_rate=2e-4)
     config.stage2.update(batch_size=128, learning_rate=5e-5)
-    config.evaluate.update(batch_size=512)
+    config.stage2.series = ("det", "sto")
+    config.evaluate.update(batch_size=512, features=("efficientnet_lite0",))
     return config
