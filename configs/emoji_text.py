@@ -19,12 +19,13 @@ def get_config():
         attention_resolutions=(8,),
         norm_groups=8,
         patch=2,
-        text=ml_collections.ConfigDict({"width": 96, "layers": 2, "heads": 4, "mlp": 384, "activation": "gelu"}),
+        text=ml_collections.ConfigDict({"width": 8, "layers": 1, "heads": 2, "mlp": 32, "activation": "gelu"}),
     )
     config.clip_targets = True
     config.teacher.update(updates=1400, batch_size=32, learning_rate=1e-3, warmup=100, decay="linear", ema=0.999)
+    config.teacher.cond_dropout = 0.3
     config.stage1.update(
-        updates=4000, batch_size=32, learning_rate=1e-3, decay="linear", ema=0.99, w_max=8.0, w_margin=0.1
+        updates=4000, batch_size=32, learning_rate=1e-3, warmup=100, decay="linear", ema=0.99, w_max=8.0, w_margin=0.1
     )
     config.stage2.update(
         teacher_steps=16, updates=250, final_num_steps=(1, 2, 4), final_updates=300, batch_size=32, learning_rate=6e-4
