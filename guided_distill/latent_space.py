@@ -13,12 +13,13 @@ from guided_distill import sharding
 from guided_distill.errors import UserError
 from guided_distill.interop.clip_tokenizer import read_tokenizer
 from guided_distill.interop.latent_folder import read_latent, read_model
-from guided_distill.models.autoencoder import Autoencoder
+from guided_distill.models.autoencoder import Autoencoder, tiled_decode
 from guided_distill.models.clip import TextEncoder
 from guided_distill.models.latent_models import LatentModel
 
 _PARTS = ("autoencoder", "text_encoder")
 _AT_A_TIME = 8  # pictures of a device: at 512 x 512 an autoencoder needs half a GiB for each
+_WHOLE = 64  # side of a latent that is decoded at once, whatever side the model was made for
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,8 +50,18 @@ class LatentSpace:
         return latent_shape[0] * factor, latent_shape[1] * factor, self.model.autoencoder.image_channels
 
     def decode(self, z):
-        """Scaled latents f32 [B, h, w, C] -> pictures, clipped to [-1, 1]."""
-        return self._by_parts(_decode(self.model.autoencoder), self.params["autoencoder"], z)[0]
+        """Scaled latents f32 [B, h, w, C] -> pictures, clipped to [-1, 1].
+
+        Latents larger than those the model was made for, and than 64, are decoded tile by tile (see `tiled_decode`):
+        the memory that it takes does not grow with the picture.
+        """
+        config, tile = self.model.autoencoder, max(_WHOLE, self.model.latent_side)
+
+        def decode(params, z):
+            whole = functools.partial(_decode(config), params)
+            return (tiled_decode(whole, z, factor=config.factor, tile=tile, overlap=tile // 4),)
+
+        return np.clip(self._by_parts(decode, self.params["autoencoder"], z)[0], -1.0, 1.0)
 
     def moments(self, x):
         """Pictures -> (mean, std) of their scaled latents, f32 [B, h, w, C]; std is 0 where there is no posterior."""
@@ -107,7 +118,7 @@ def open_space(folder) -> LatentSpace:
 def _decode(config):
     @jax.jit
     def decode(params, z):
-        return (jnp.clip(Autoencoder(config).apply({"params": params}, z, method="decode"), -1.0, 1.0),)
+        return Autoencoder(config).apply({"params": params}, z, method="decode")
 
     return decode
 

@@ -1,5 +1,6 @@
 """Latents: encoded once and read often; the chain from an imported model to pictures of captions."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 from latent_run import FIRST, TEXT, latent_config, write_model, write_pairs, write_shards
@@ -17,7 +19,7 @@ from guided_distill.encode import encode
 from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
 from guided_distill.latent_space import open_space
-from guided_distill.models.autoencoder import Autoencoder
+from guided_distill.models.autoencoder import Autoencoder, tiled_decode
 from guided_distill.models.clip import TextEncoder
 
 REPO = Path(__file__).parents[1]
@@ -52,6 +54,20 @@ def test_latents_are_what_the_autoencoder_says(place):
     np.testing.assert_allclose(batch["null_text"][1], states[1], rtol=1e-5, atol=1e-5)
     picture = space.decode(batch["x"])
     assert picture.shape == (2, 8, 8, 3) and np.abs(picture).max() <= 1.0
+
+
+def test_what_is_larger_than_the_model_was_made_for_is_decoded_by_tiles_and_no_other(place):
+    space = open_space(place / "model")
+    params = {"params": space.params["autoencoder"]}
+    whole = jax.jit(lambda z: Autoencoder(FIRST).apply(params, z, method="decode"))
+    z = np.random.default_rng(0).normal(size=(2, 5, 4, 4)).astype(np.float32)
+    by_tiles, at_once = np.clip(tiled_decode(whole, z, factor=2, tile=4, overlap=1), -1.0, 1.0), space.decode(z)
+    assert np.abs(by_tiles - at_once).max() > 1e-2
+    made_for_5 = dataclasses.replace(space, model=dataclasses.replace(space.model, latent_side=5))
+    with mock.patch("guided_distill.latent_space._WHOLE", 4):
+        np.testing.assert_allclose(space.decode(z), by_tiles, atol=1e-5)
+        np.testing.assert_allclose(space.decode(z[:, :4]), np.clip(whole(z[:, :4]), -1.0, 1.0), atol=1e-5)
+        np.testing.assert_array_equal(made_for_5.decode(z), at_once)
 
 
 def test_the_posterior_is_drawn_anew_and_the_same_for_the_same_place(place):
