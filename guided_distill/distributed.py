@@ -68,6 +68,11 @@ def agreed(make):
     return said["value"]
 
 
+def total(number):
+    """The sum of the numbers that the processes have, on every process, once all are there."""
+    return int(multihost_utils.process_allgather(np.int32(number)).sum()) if several() else number
+
+
 def of_main(tree):
     """A tree of host arrays as process 0 has it, on every process."""
     return multihost_utils.broadcast_one_to_all(tree) if several() else tree

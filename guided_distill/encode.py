@@ -41,14 +41,14 @@ def encode(config, source):
         raise UserError(f"{folder}: process 0 made it, and this one does not see it; all need storage that they share")
     todo = _todo(folder, about)
     mine = [shard for i, shard in enumerate(todo) if i % jax.process_count() == jax.process_index()]
-    records = sum(stop - start for *_, start, stop in mine)
+    records, cut = sum(stop - start for *_, start, stop in mine), 0
     with Progress(disable=not distributed.is_main()) as progress:
         task = progress.add_task("encoding", total=records)
         for split, k, start, stop in mine:
             path = latents.shard_path(folder, split, k, about.shards[split])
             made = _records(experiment, space, splits[split], about, range(start, stop))
-            _write_shard(path, made, lambda: progress.advance(task))
-    distributed.agreed(lambda: None)  # waits for the others
+            cut += _write_shard(path, made, lambda: progress.advance(task))
+    cut = distributed.total(cut)  # waits for the others
     if missing := _todo(folder, about):
         raise UserError(f"{folder}: {len(missing)} shards are missing; give the same command again, and it goes on")
     if distributed.is_main():
@@ -56,6 +56,8 @@ def encode(config, source):
         (folder / latents.UNFINISHED).unlink(missing_ok=True)
         counts = ", ".join(f"{count:,} {split}" for split, count in about.counts.items())
         print(f"{folder}: {counts} latents of {source}", file=sys.stderr)
+        if cut:
+            print(f"captions longer than the text encoder takes, which lost their end: {cut:,}", file=sys.stderr)
 
 
 def _folder(experiment):
@@ -169,19 +171,22 @@ def _todo(folder, about):
 
 
 def _write_shard(path, records, advance):
+    """Writes what `_records` yields; returns how many captions were cut."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     temporary = path.with_name(f"{path.name}.incomplete")
-    writer = ArrayRecordWriter(str(temporary), "group_size:1")
-    for record in records:
+    writer, shortened = ArrayRecordWriter(str(temporary), "group_size:1"), 0
+    for record, too_long in records:
         writer.write(record)
+        shortened += too_long
         advance()
     writer.close()
     temporary.rename(path)
+    return shortened
 
 
 def _records(experiment, space, source, about, indices):
-    """The records of some pictures, as bytes."""
+    """(the record as bytes, whether its caption was cut) of some pictures."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for chunk in _chunks(indices):
             found = list(pool.map(source.__getitem__, chunk))
@@ -197,8 +202,10 @@ def _encoded(experiment, space, about, indices, found):
     fields = _latent_fields(experiment, space, about, indices, images, "")
     if about.flips:
         fields |= _latent_fields(experiment, space, about, indices, images[:, :, ::-1], latents.FLIPPED)
+    cut = [False] * len(found)
     if about.text is not None:
-        fields["text"] = space.embed([record["text"] for record in found]).astype(np.float16)
+        captions = [record["text"] for record in found]
+        fields["text"], cut = space.embed(captions).astype(np.float16), space.too_long(captions)
     for i, record in enumerate(found):
         if about.text is None and not 0 <= record["label"] < about.num_classes:
             raise UserError(
@@ -208,7 +215,7 @@ def _encoded(experiment, space, about, indices, found):
         own = {name: np.ascontiguousarray(values[i]) for name, values in fields.items()}
         own["label"] = np.array([record["label"] if about.text is None else 0], np.int32)
         own["caption"] = np.frombuffer(record["text"].encode(), np.uint8)
-        yield safetensors.numpy.save(own)
+        yield safetensors.numpy.save(own), cut[i]
 
 
 def _latent_fields(experiment, space, about, indices, images, suffix):

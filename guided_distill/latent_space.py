@@ -78,6 +78,11 @@ class LatentSpace:
         tokens = self._tokenizer.encode(list(captions), truncate=truncate)
         return self._by_parts(_embed(self.model.text_encoder), self.params["text_encoder"], tokens)[0]
 
+    def too_long(self, captions) -> list[bool]:
+        """Which captions lose their end in `embed`."""
+        encodings = self._tokenizer.backend.encode_batch(list(captions))
+        return [len(encoding.ids) > self._tokenizer.length for encoding in encodings]
+
     @functools.cached_property
     def _tokenizer(self):
         return read_tokenizer(self.folder / "tokenizer")

@@ -53,6 +53,9 @@ def run(config, workdir, *, trace_updates=0):
 def _judge(this, progress):
     """Measures every model, says what each round lost, and makes the report of it all; returns the summary."""
     progress.after_work = preemption.stop_if_asked  # what was measured is written, row by row
+    if this.space is not None and this.experiment.evaluate.captions is not None:
+        if cut := sum(this.space.too_long(this.captions)):
+            progress.say(f"captions longer than the text encoder takes, which lose their end: {cut:,}")
     summary = evaluate.evaluate(this, progress)
     told = summary.setdefault("diagnostics", {})
     for stage in diagnostics.looked_at(this.stages):

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+from unittest import mock
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from latent_run import (
 )
 from PIL import Image
 
-from guided_distill import generate, pipeline, sample
+from guided_distill import evaluate, generate, pipeline, sample
 from guided_distill.data import load_dataset, make_batches
 from guided_distill.encode import encode
 from guided_distill.errors import UserError
@@ -127,13 +128,18 @@ def test_pictures_are_drawn_of_new_captions(finished, tmp_path):
         draw(finished, out, captions=["abcdefgh"])
 
 
-def test_a_list_of_captions_stands_for_those_held_out(finished, tmp_path):
+def test_a_list_of_captions_stands_for_those_held_out(finished, tmp_path, monkeypatch, capsys):
     folder, config = finished
     (tmp_path / "captions.txt").write_text("red\n\nblue one\n")
     config = {**config, "evaluate": {**config["evaluate"], "captions": str(tmp_path / "captions.txt")}}
     run = pipeline.open_run(config, folder / "run", create=False)
     assert run.captions == ["red", "blue one"] and len(run.conditions["text"]) == 2
     np.testing.assert_allclose(run.conditions["text"], run.space.embed(["red", "blue one"]), atol=2e-3)
+    (tmp_path / "captions.txt").write_text("red\nvermilion\n")
+    monkeypatch.setattr(evaluate, "evaluate", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.evaluate_run(config, folder / "run")
+    assert "which lose their end: 1" in capsys.readouterr().err
     with pytest.raises(UserError, match="nowhere.txt cannot be read"):
         _ = pipeline.open_run(
             {**config, "evaluate": {**config["evaluate"], "captions": "nowhere.txt"}}, folder / "run", create=False

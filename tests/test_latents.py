@@ -155,12 +155,15 @@ def test_a_folder_of_pictures_is_a_data_set(tmp_path):
     assert data.read_captions(found.test, 4) == ["red", "white", "blue", "green"]
 
 
-def test_an_interrupted_encoding_goes_on_and_ends_the_same(tmp_path):
+def test_an_interrupted_encoding_goes_on_and_ends_the_same(tmp_path, capsys):
     config = latent_config(tmp_path)
     write_model(tmp_path / "model")
     source = f"folder:{write_pairs(tmp_path / 'pairs')}"
+    for k, caption in ((0, "turquoise"), (5, "vermilion"), (6, "yellow")):  # the encoder takes six letters
+        (tmp_path / "pairs" / f"{k:03d}.txt").write_text(caption)
     with mock.patch("guided_distill.encode._SHARD", 4):
         encode(config, source)
+        assert "which lost their end: 2" in capsys.readouterr().err
         folder = tmp_path / "latents"
         expected = data.read_range(dataset(tmp_path).train, 0, 12)
         (folder / latents.ABOUT).rename(folder / latents.UNFINISHED)
@@ -170,6 +173,7 @@ def test_an_interrupted_encoding_goes_on_and_ends_the_same(tmp_path):
         kept = latents.shard_path(folder, "train", 0, 3)
         before = kept.stat().st_mtime_ns
         encode(config, source)
+    assert "which lost their end: 1" in capsys.readouterr().err
     assert kept.stat().st_mtime_ns == before
     for name, rows in data.read_range(dataset(tmp_path).train, 0, 12).items():
         np.testing.assert_array_equal(rows, expected[name])
