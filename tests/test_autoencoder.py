@@ -88,6 +88,21 @@ def test_bfloat16_is_near_and_comes_out_as_float32():
     assert 0.0 < float(jnp.abs(got - expected).max() / jnp.abs(expected).max()) < 0.1
 
 
+def test_remat_changes_neither_output_nor_gradient():
+    z = np.random.default_rng(3).normal(size=(2, 4, 6, 2)).astype(np.float32)
+
+    def loss(config, params):
+        return (Autoencoder(config).apply({"params": params}, z, method="decode") ** 2).mean()
+
+    configs = TINY, dataclasses.replace(TINY, remat=True)
+    step = lambda config: jax.jit(jax.value_and_grad(functools.partial(loss, config)))  # noqa: E731
+    (a, grad_a), (b, grad_b) = (step(config)(trained(TINY)) for config in configs)
+    traced = [str(jax.make_jaxpr(functools.partial(loss, config))(trained(TINY))) for config in configs]
+    assert ["prevent_cse" in program for program in traced] == [False, True]  # an argument of jax.checkpoint alone
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), grad_a, grad_b)
+
+
 # Tiles
 
 

@@ -60,6 +60,15 @@ def test_a_word_changes_states_from_its_place_on_and_nothing_behind_the_end_chan
     np.testing.assert_allclose(embedding[1], states[1, 5] @ kernel, rtol=1e-4, atol=1e-5)
 
 
+def test_bfloat16_is_near_and_comes_out_as_float32():
+    module, half = clip.TextEncoder(TEXT), clip.TextEncoder(dataclasses.replace(TEXT, dtype="bfloat16"))
+    params = trained(module, TOKENS)
+    assert {leaf.dtype for leaf in jax.tree.leaves(trained(half, TOKENS))} == {np.dtype("float32")}
+    for expected, got in zip(module.apply(params, TOKENS), half.apply(params, TOKENS), strict=True):
+        assert got.dtype == jnp.float32
+        assert 0.0 < float(jnp.abs(got - expected).max() / jnp.abs(expected).max()) < 0.05
+
+
 def test_the_image_tower_sees_every_patch_and_where_it_is():
     module, x = clip.VisionEncoder(VISION), np.random.default_rng(1).normal(size=(2, 8, 8, 3)).astype(np.float32)
     params, run = trained(module, x), jax.jit(module.apply)

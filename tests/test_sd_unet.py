@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from guided_distill import sharding
 from guided_distill.diffusion import DiscreteBetas
 from guided_distill.models import make_model_fn
 from guided_distill.models.attention import Attention, implementation
@@ -198,6 +199,22 @@ def test_bfloat16_is_near_and_comes_out_as_float32():
     error = float(jnp.abs(got - expected).max() / jnp.abs(expected).max())
     assert 0.0 < error < 0.05
     assert {leaf.dtype for leaf in jax.tree.leaves(abstract(half))} == {jnp.dtype("float32")}
+
+
+def test_split_weights_say_the_same(monkeypatch):
+    config = of_w(CLASSES)
+    params, cond = trained(abstract(config, cond=LABEL | W)), LABEL | W
+    expected = compiled(config)(params, Z, LOGSNR, cond)
+    monkeypatch.setattr(sharding, "SMALL", 64)  # so that those of a small network are split too
+    mesh = sharding.make_mesh(fsdp=8)
+    placed = sharding.place(mesh, params)
+    split = [leaf for leaf in jax.tree.leaves(placed) if not leaf.sharding.is_fully_replicated]
+    assert sum(leaf.size for leaf in split) > 0.9 * size(params)
+    run = jax.jit(lambda params, *rest: make_model_fn(SDUNet(config))(sharding.gathered(mesh, params), *rest))
+    # As many examples as there are devices, each with its own.
+    arguments = jax.tree.map(lambda rows: jnp.resize(rows, (8, *rows.shape[1:])), (Z, LOGSNR, cond))
+    found = run(placed, *sharding.spread(mesh, arguments))
+    np.testing.assert_allclose(found, jnp.resize(expected, found.shape), rtol=1e-4, atol=1e-5)
 
 
 def test_linear_projections_are_the_pointwise_convolutions():
