@@ -8,10 +8,12 @@ import importlib
 
 __version__ = "0.1.0"
 
-_MODULES = ("diffusion", "guidance", "models", "objectives", "samplers")
+_MODULES = ("diffusion", "editing", "guidance", "models", "objectives", "samplers")
 _NAMES = {
     "diffusion": ("Cosine", "DiscreteBetas", "Grid", "Prediction", "RectifiedFlow", "make_grid"),
+    "editing": ("edit",),
     "errors": ("UserError",),
+    "generate": ("sample_images",),
     "guidance": ("Teacher", "make_denoiser", "null_label"),
     "models": ("make_model_fn",),
     "objectives": (

@@ -14,9 +14,9 @@ import guided_distill as gd
 REPO = Path(__file__).parents[1]
 SURFACE = """
     Cosine DiscreteBetas Grid Knobs OptimiserConfig Prediction RectifiedFlow Teacher TrainState UserError diffusion
-    guidance image_keys initial_noise load load_teacher make_denoise make_denoiser make_encode make_grid make_mesh
-    make_model_fn make_stage1 make_stage2 make_state make_tract make_train_step make_two_student models null_label
-    objectives place samplers shard_batch student_params within_range
+    edit editing guidance image_keys initial_noise load load_teacher make_denoise make_denoiser make_encode make_grid
+    make_mesh make_model_fn make_stage1 make_stage2 make_state make_tract make_train_step make_two_student models
+    null_label objectives place sample_images samplers shard_batch student_params within_range
 """.split()
 
 
@@ -31,7 +31,9 @@ def test_every_name_is_there_and_documented():
 
 def test_a_name_that_is_a_file_is_that_file():
     files = {path.stem for path in (REPO / "guided_distill").iterdir()}
-    assert {name for name in SURFACE if name in files} == {"diffusion", "guidance", "models", "objectives", "samplers"}
+    assert {name for name in SURFACE if name in files} == {
+        "diffusion", "editing", "guidance", "models", "objectives", "samplers",
+    }  # fmt: skip
     assert gd.samplers.__name__ == "guided_distill.samplers"
 
 
