@@ -23,12 +23,13 @@ class From:
 
     image: str | None = None  # a picture to make others of
     start: int | None = None  # evaluations from it, 1 ... num_steps: the fewer, the more is kept; all by default
-    mask: str | None = None  # a picture of its size: white is made anew, black is kept
+    mask: str | None = None  # a picture of its size: white, and greys from 128 on, is made anew, the rest is kept
     to_seed: int | None = None  # one noise to another: image 0 of both seeds, and num - 2 between them
     to_w: float | None = None  # one strength to another, evenly
 
 
 _NOISE = From()
+_BRIGHTNESS = (0.299, 0.587, 0.114)  # of red, green and blue, as Pillow and with it diffusers make a mask grey
 
 
 def sample(config, workdir, *, num_steps, series, w, labels, num, seed, out, captions=None, begin=_NOISE):
@@ -146,12 +147,14 @@ def _picture_and_hole(begin, shape):
         )
     if begin.mask is None:
         return x, hole
-    mask = read_picture(begin.mask, "--mask").mean(-1, keepdims=True)
+    mask = read_picture(begin.mask, "--mask")
     if mask.shape[:-1] != shape[:-1]:
         raise UserError(f"--mask={begin.mask} is {times(mask.shape[:-1])}, the picture {times(shape[:-1])}")
-    if not (mask > 0.0).any():
+    # In [-1, 1] a grey of 127 is below 0 and one of 128 above.
+    grey = mask if mask.shape[-1] == 1 else mask @ np.array(_BRIGHTNESS, np.float32)[:, None]
+    if not (grey > 0.0).any():
         raise UserError(f"--mask={begin.mask} holds nothing white: there is nothing to make anew")
-    return x, (mask > 0.0).astype(np.float32)
+    return x, (grey > 0.0).astype(np.float32)
 
 
 def _check_captions(this, captions):
