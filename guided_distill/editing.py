@@ -15,8 +15,9 @@ def edit(denoiser, grid, x, eps, cond, num_steps, start, mask, *, prior_std=1.0,
 
     x is diffused to t = start/N with the noise eps [B, *S] and led back from there (SDEdit, arXiv 2108.01073,
     algorithm 1, by DDIM): the smaller `start` <= N = `num_steps` is, the more of x is kept there; from N on nothing is.
-    What the mask holds is put back at every step as diffused with the same noise (arXiv 2201.09865, eq. 8, without its
-    resampling), so that the network sees what is around the hole. `start` and N may be traced; N divides the grid.
+    What the mask holds is put back after every step as diffused with the same noise (arXiv 2201.09865, algorithm 1,
+    without its resampling), so that the network sees what is around the hole, if at N only from the second evaluation
+    on. `start` and N may be traced; N divides the grid.
     `prior_std` is that of the noise a model starts from.
     """
     stride = grid.num_intervals // num_steps
@@ -34,7 +35,7 @@ def edit(denoiser, grid, x, eps, cond, num_steps, start, mask, *, prior_std=1.0,
         return mask * z + (1.0 - mask) * known(i - 1), prediction.x
 
     # At t = 1 a model starts from noise alone, whatever is left of x there.
-    z = mask * jnp.where(start == num_steps, prior_std * eps, known(start)) + (1.0 - mask) * known(start)
+    z = jnp.where(start == num_steps, prior_std * eps, known(start))
     made = jax.lax.fori_loop(0, start, step, (z, x))[1]
     return mask * made + (1.0 - mask) * x
 

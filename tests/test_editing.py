@@ -33,6 +33,14 @@ def test_from_noise_alone_it_is_the_sampler():
     np.testing.assert_allclose(edit(N, jnp.ones((1, 1)), x=X + 5.0), drawn, atol=1e-6)  # nothing of x is left
 
 
+def test_the_first_evaluation_sees_noise_alone_also_where_something_is_kept():
+    def swap(z, logsnr, cond):
+        return diffusion.Prediction(z[:, ::-1], z)
+
+    made = editing.edit(swap, GRID, X, EPS, COND, 1, 1, jnp.array([[0.0, 1.0]]), prior_std=2.0)
+    assert (made == jnp.stack([X[:, 0], 2.0 * EPS[:, 0]], 1)).all()
+
+
 def test_it_starts_where_it_is_told_and_follows_the_flow():
     """Of a Gaussian of standard deviation s the flow is known: x = z_t s / sqrt(alpha^2 s^2 + sigma^2)."""
     start, num_steps = 256, 1024
