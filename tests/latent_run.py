@@ -1,5 +1,6 @@
 """A latent model of a few thousand random weights, captioned pictures, and the smallest experiment on them."""
 
+import dataclasses
 import json
 import tarfile
 
@@ -22,6 +23,7 @@ UNET = SDUNetConfig(
 FIRST = AutoencoderConfig(channels=8, multipliers=(1, 2), num_blocks=1, norm_groups=4)
 TEXT = TextConfig(vocabulary=54, positions=8, width=8, layers=1, heads=2, mlp=16)
 MODEL = LatentModel(UNET, FIRST, TEXT, "eps", 4)
+PAINTS_IN = dataclasses.replace(MODEL, unet=dataclasses.replace(UNET, extra_channels=5))
 
 
 def random_params(model, seed=0):

@@ -2,26 +2,24 @@
 
 import dataclasses
 import itertools
-import json
 import shutil
 from unittest import mock
 
 import jax
 import numpy as np
 import pytest
-import safetensors.numpy
 from latent_run import (
     COLOURS,
     MODEL,
-    TEXT,
+    PAINTS_IN,
     drawn_like,
     latent_config,
     random_params,
     write_model,
     write_pairs,
-    write_tokenizer,
 )
 from PIL import Image
+from small_clip import write_clip
 
 from guided_distill import evaluate, generate, pipeline, sample
 from guided_distill.data import load_dataset, make_batches
@@ -29,38 +27,16 @@ from guided_distill.encode import encode
 from guided_distill.errors import UserError
 from guided_distill.evaluation.clip_scores import make_scorer
 from guided_distill.experiment import from_config
-from guided_distill.interop import diffusers_names
 from guided_distill.interop.clip_folder import read_clip
-from guided_distill.interop.diffusers_configs import write_text_encoder
 from guided_distill.interop.latent_folder import read_latent, write_latent
-from guided_distill.interop.tensors import export_tree
 from guided_distill.latent_space import open_space
 from guided_distill.masks import draw_mask, shrink
-from guided_distill.models.clip import TextEncoder, VisionConfig, VisionEncoder, clip_pixels, clip_score
-from guided_distill.models.latent_models import part_shapes
+from guided_distill.models.clip import TextEncoder, VisionEncoder, clip_pixels, clip_score
 from guided_distill.sharding import make_mesh, place
 from guided_distill.teachers import shapes_of
 from guided_distill.workdir import Run
 
-VISION = VisionConfig(side=16, patch=8, width=8, layers=1, heads=2, mlp=16, projection=6)
-PAINTS_IN = dataclasses.replace(MODEL, unet=dataclasses.replace(MODEL.unet, extra_channels=5))
 TOLD = {"num_steps": 2, "series": None, "w": 1.0, "num": 4, "seed": 0, "labels": None}
-
-
-def write_clip(folder):
-    """A CLIP model as transformers writes it, with the tokenizer of the latent model."""
-    text = dataclasses.replace(TEXT, projection=VISION.projection)
-    rng, state = np.random.default_rng(10), {"logit_scale": np.ones(())}
-    for config, names in ((text, diffusers_names.text_encoder), (VISION, diffusers_names.vision_encoder)):
-        tree = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), part_shapes(config))
-        state |= export_tree(names(config), tree)
-    write_tokenizer(folder)
-    vision = {"image_size": 16, "patch_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "intermediate_size": 16}  # fmt: skip
-    said = {"text_config": write_text_encoder(text), "vision_config": vision, "projection_dim": VISION.projection}
-    (folder / "config.json").write_text(json.dumps(said))
-    (folder / "model.safetensors").write_bytes(safetensors.numpy.save(state))
-    return folder
 
 
 def test_the_score_is_clips_own(tmp_path):
@@ -256,9 +232,9 @@ def test_a_network_that_paints_in_is_told_the_hole(tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "finished", lambda self, stage: True)
     monkeypatch.setattr(Run, "params_of", lambda self, stage: place(self.mesh, drawn_like(shapes_of(stage.init))))
     Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "red.png")
-    hole = Image.new("L", (8, 8))
+    hole = Image.new("L", (8, 8), 127)
     hole.save(tmp_path / "none.png")
-    hole.paste(255, (4, 0, 8, 8))
+    hole.paste(128, (4, 0, 8, 8))  # the middle between black and white lies between these two
     hole.save(tmp_path / "half.png")
     Image.new("L", (8, 8), 255).save(tmp_path / "all.png")
     drawn, told_of = [], []
