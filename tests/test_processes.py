@@ -91,7 +91,7 @@ def curves_of(processes, layout, port):
 
 @pytest.mark.parametrize(
     ("processes", "layout"),  # devices, of which weights are split over so many, and batches in parts
-    [(2, (2,)), (2, (2, 2, 2)), (4, (4, 2, 2))],
+    [(2, (2,)), (4, (4, 2, 2))],
 )
 def test_the_losses_are_those_of_one_process(processes, layout, free_port):
     found = curves_of(processes, layout, free_port())

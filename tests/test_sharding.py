@@ -30,7 +30,6 @@ LAYOUTS = {
     "in 4 parts": (1, 1, 4),
     "8 devices in 2 parts": (8, 1, 2),
     "8 fsdp in 2 parts": (8, 8, 2),
-    "remat": (1, 1, 1, True),
     "4 devices, remat, products kept": (4, 1, 1, True, "products"),
     "8 fsdp, remat, in 2 parts": (8, 8, 2, True),
 }
