@@ -259,7 +259,7 @@ def test_the_plan_prints_every_stage():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:16x16", "v4:4x4x4", "v5p:4x4x4"])
+@pytest.mark.parametrize("topology", ["v5e:16x16", "v4:4x4x4"])
 def test_imagenet64_fits_as_shipped(topology):
     experiment, place = from_config(imagenet64.get_config().to_dict()), plan.place_for(topology)
     stages = plan.make_plan(experiment, place, KNOWN)
@@ -289,9 +289,9 @@ def test_a_small_config_is_compiled_for_a_tpu_that_is_not_there(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5p:4x4x4", "h100:16"])
-def test_stable_diffusion_fits_as_shipped(topology):
-    experiment, place = from_config(CONFIGS["stable_diffusion"].get_config().to_dict()), plan.place_for(topology)
+def test_stable_diffusion_fits_as_shipped():
+    config = CONFIGS["stable_diffusion"].get_config()
+    experiment, place = from_config(config.to_dict()), plan.place_for("h100:16")  # v5p has more for a smaller share
     stages = plan.make_plan(experiment, place, KNOWN)
     assert all(stage.batch_size == 512 and stage.fits(place.topology) for stage in stages)
 
