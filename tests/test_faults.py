@@ -19,7 +19,9 @@ from guided_distill.data import load_dataset, make_batches
 from guided_distill.errors import Fault, Stopped, UserError
 
 # What Orbax had still to write when the workdir went is told of when Python collects it, in whichever test comes then.
-pytestmark = pytest.mark.filterwarnings("ignore:.*write_fragment:pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(?s).*(write_fragment|Event loop is closed):pytest.PytestUnraisableExceptionWarning"
+)
 
 
 def pieces():
