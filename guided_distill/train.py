@@ -136,12 +136,14 @@ def fit(loop, step_fn, state, frozen, batches, knobs, key, *, mesh, checkpoints,
     stay non-finite or the loss explodes, with the last good state kept, Fault when no batch or checkpoint can be had,
     and Stopped, with the state saved, when `preemption.asked`.
     """
-    restored, watch = checkpoints.restore_newest(state), _Watch(loop.name)
+    restored, watch, limit = checkpoints.restore_newest(state), _Watch(loop.name), math.inf
     if restored is not None:
         state, saved = restored
         watch.typical = saved.pop("typical_loss", None)
         batches.set_state(saved)
-    start, pending, limit = int(state.step), None, math.inf
+        limit = saved.pop("loss_limit", watch.limit)
+    start, pending = int(state.step), None
+    limited = functools.lru_cache(1)(functools.partial(_limited, mesh, knobs))
     loop.on_start(start)
     with make_writer(start) as writer, preemption.deferred():
         report = _Reporter(loop, writer, start, watch)
@@ -158,24 +160,29 @@ def fit(loop, step_fn, state, frozen, batches, knobs, key, *, mesh, checkpoints,
                 report(step, pending, done, saving=True)
                 pending = None
                 writer.flush()
-                if not watch.exploded:
-                    checkpoints.save(step, state, {**batches.get_state(), "typical_loss": watch.typical})
+                if step % loop.checkpoint_every == 0:
+                    limit = watch.limit
+                if done or not watch.exploded:
+                    looked = {"typical_loss": watch.typical, "loss_limit": limit}
+                    checkpoints.save(step, state, batches.get_state() | looked)
             checkpoints.seal_if_written()
             loop.trace(step - start, state, done or stopping)
             if stopping:
                 raise Stopped
             metrics_of_step = None
-            if watch.limit != limit:
-                limit = watch.limit
-                knobs = dataclasses.replace(knobs, loss_limit=sharding.place(mesh, jnp.float32(limit)))
             if not done:
                 batch = sharding.shard_batch(mesh, _next(batches, loop.name, step))
-                state, metrics_of_step = step_fn(state, frozen, batch, knobs, key)
+                state, metrics_of_step = step_fn(state, frozen, batch, limited(limit), key)
             report(step, pending, done)
-            pending = metrics_of_step
+            # Where a look is due, so that what a run learns from does not depend on when it was told to stop.
+            pending, limit = metrics_of_step, watch.limit
             if done:
                 break
     return state
+
+
+def _limited(mesh, knobs, limit):
+    return dataclasses.replace(knobs, loss_limit=sharding.place(mesh, jnp.float32(limit)))
 
 
 def _next(batches, name, step):
@@ -194,13 +201,13 @@ class _Watch:
     """Whether the loss has exploded: by how far it lies above what is typical, for too many looks in a row.
 
     One such update is skipped; a run of them is a run that is lost. What is typical is a running geometric mean of the
-    losses that were looked at, kept with each checkpoint. `exploded` counts.
+    losses that were looked at where a run always looks, kept with each checkpoint. `exploded` counts.
     """
 
     def __init__(self, name):
         self._name, self.typical, self.exploded = name, None, 0
 
-    def __call__(self, step, values, last):
+    def __call__(self, step, values, learns=True):
         loss, skipped = values["loss"], values["skipped"]
         if skipped >= _MAX_SKIPPED:
             self._give_up(step, f"the last {skipped:.0f} updates were skipped: not finite, or the loss had exploded")
@@ -208,10 +215,12 @@ class _Watch:
             return
         if loss > self.limit:
             self.exploded += 1
-            if last or self.exploded >= _MAX_EXPLODED:
+            if self.exploded >= _MAX_EXPLODED:
                 self._give_up(step, f"the loss is {loss:.3g}, where {self.typical:.3g} was typical")
             return
         self.exploded = 0
+        if not learns:
+            return
         loss = max(loss, 1e-30)
         self.typical = loss if self.typical is None else self.typical**0.9 * loss**0.1
 
@@ -240,7 +249,7 @@ class _Reporter:
         if values is None or not (due or saving):
             return
         values = {name: float(value) for name, value in jax.device_get(values).items()}
-        self._watch(step, values, last)
+        self._watch(step, values, learns=due or step % loop.checkpoint_every == 0)
         if not due:
             return
         note = f"loss {values['loss']:.4g}"

@@ -188,10 +188,10 @@ def test_what_is_typical_is_known_again_after_a_restart(tmp_path):
         fit(tmp_path, exploding(step_fn, 2), pieces()[1], updates=20)
 
 
-def looks(losses, last=False):
+def looks(losses):
     watch = train._Watch("teacher")
     for k, loss in enumerate(losses):
-        watch(k, {"loss": loss, "skipped": 0.0}, last and k == len(losses) - 1)
+        watch(k, {"loss": loss, "skipped": 0.0})
     return watch
 
 
@@ -208,9 +208,39 @@ def test_what_is_no_explosion_is_let_be(losses):
     looks(losses)
 
 
-def test_a_stage_does_not_end_exploded():
-    with pytest.raises(UserError, match="update 3: the loss is 1e.0.*, where 0.5 was typical"):
-        looks([0.5, 0.5, 0.5, 1e5], last=True)
+def test_a_stage_whose_last_update_explodes_ends_with_the_state_before_it(tmp_path):
+    step_fn, rest = pieces()
+    states = []
+
+    def poisoned(state, frozen, batch, *others):
+        states.append(jax.device_get(state))
+        return step_fn(state, frozen, {**batch, "x": batch["x"] * (1e6 if int(state.step) == 6 else 1.0)}, *others)
+
+    ended, _ = fit(tmp_path, poisoned, rest)
+    assert same(ended.params, states[-1].params) and int(ended.skipped) == 1
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 7
+
+
+@pytest.mark.parametrize("stop", [5, 6, 7])  # between two looks, at one, and after the next
+def test_what_is_skipped_does_not_depend_on_when_a_run_was_told_to_stop(tmp_path, monkeypatch, stop):
+    def poisoned(state, frozen, batch, *others):
+        factor = {4: 8.0, 6: 30.0}.get(int(state.step), 1.0)  # the first moves what is typical where it is looked at
+        return step_fn(state, frozen, {**batch, "x": batch["x"] * factor}, *others)
+
+    monkeypatch.setattr(train, "_EXPLODED", 20.0)
+    monkeypatch.setattr(train, "_SCALE", 0.0)
+    ended = []
+    for name in ("whole", "stopped"):
+        step_fn, rest = pieces()
+        asked = iter([False] * stop + [True]) if name == "stopped" else iter([])
+        monkeypatch.setattr(preemption, "asked", lambda asked=asked: next(asked, False))
+        if name == "stopped":
+            with pytest.raises(Stopped):
+                fit(tmp_path / name, poisoned, rest, updates=9, log_every=3, save_every=100)
+            step_fn, rest = pieces()
+        ended.append(fit(tmp_path / name, poisoned, rest, updates=9, log_every=3, save_every=100)[0])
+    assert same(*ended)
 
 
 def test_a_fault_is_one_line_and_code_1(monkeypatch, capsys):
