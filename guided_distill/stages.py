@@ -64,8 +64,9 @@ class Stage:
 
     @property
     def work_per_update(self):
-        """In forward passes of one image: three for the student, and what the teacher is asked."""
-        return self.training.batch_size * (3 * self.model.calls_per_step + self.teacher_calls)
+        """In forward passes of one image: three for each call of the student, and what the teacher is asked."""
+        calls = 2 if self.series == "two" else 1  # a teacher is guided by two where it samples, not where it learns
+        return self.training.batch_size * (3 * calls + self.teacher_calls)
 
     def directory(self, workdir):
         """`workdir/<nn>_<name>`."""

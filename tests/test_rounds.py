@@ -183,7 +183,9 @@ def test_a_cheaper_way_costs_at_most_half(way):
 
 
 def test_the_work_of_an_update_is_what_its_objective_calls():
-    stages = {s.series: s for s in make_stages(from_config(quick_config(**{"stage2.series": ("det", "tract")})))}
+    made = make_stages(from_config(quick_config(**{"stage2.series": ("det", "tract")})))
+    stages = {s.series: s for s in made}
+    assert made[0].work_per_update == 8 * 3  # guidance makes two calls where it samples, not where it learns
     # A student's forward and backward count three; "det" asks two teachers' steps, tract one and its own average.
     assert stages["det"].work_per_update == stages["tract"].work_per_update == 8 * (3 + 2)
 
