@@ -72,7 +72,7 @@ def ours(experiment, stage, parent, updates, trace):
     step_fn, arguments = make_step_arguments(experiment, stage, params, theirs, mesh)
     del params, theirs
     # Counted from shapes, recomputation in it; the parts are three passes of the student and what the teacher is asked.
-    whole = costs.cost_of(step_fn, *arguments).flops
+    whole = costs.cost_of(step_fn.__wrapped__, *arguments).flops
     parts = stage.work_per_update * flops_of_a_call(stage.model, stage.init)
     began = time.perf_counter()
     compiled = step_fn.lower(*arguments).compile()

@@ -31,8 +31,10 @@ def rate(next_batch, seconds):
 
 def updates_of(experiment, mesh):
     """A function that makes an update of stage one and waits for it."""
-    teacher, stage = make_stages(experiment)[:2]
-    params, theirs = (random_params(experiment, w_conditioned=one.model.w_conditioned) for one in (stage, teacher))
+    stages = {stage.name: stage for stage in make_stages(experiment)}
+    stage = stages["stage1"]
+    models = (stage.model, stages[stage.parent].model)
+    params, theirs = (random_params(experiment, w_conditioned=model.w_conditioned) for model in models)
     step_fn, (state, *arguments) = make_step_arguments(experiment, stage, params, theirs, mesh)
 
     def update():
