@@ -9,7 +9,7 @@ from configs import common
 def get_config():
     """512 DDIM steps of the teacher, w in [0, 14], batch 512, as in section 5.3 of arXiv 2210.03142 (recalled).
 
-    How many updates stages one and two make is not published: these are the pixel models'.
+    How many updates stages one and two make is not published: these are our choice.
     """
     config = common.get_config()
     config.data.update(

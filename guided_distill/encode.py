@@ -57,7 +57,8 @@ def encode(config, source):
         counts = ", ".join(f"{count:,} {split}" for split, count in about.counts.items())
         print(f"{folder}: {counts} latents of {source}", file=sys.stderr)
         if cut:
-            print(f"captions longer than the text encoder takes, which lost their end: {cut:,}", file=sys.stderr)
+            what = "captions encoded now that are longer than the text encoder takes, which lost their end"
+            print(f"{what}: {cut:,}", file=sys.stderr)
 
 
 def _folder(experiment):

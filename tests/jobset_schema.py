@@ -1,7 +1,7 @@
 """What may stand in a JobSet of jobset.x-k8s.io/v1alpha2, and, of Jobs and pods, in one of ours.
 
-Of a mapping the keys, those that must be there with "!", and under "*" what any other holds; of a list what each of its
-entries is; a set is of the values that are possible.
+A mapping names its keys, with "!" those that must be there, and under "*" what any other key holds; a list says what
+each of its entries is; a set holds the values that are possible.
 """
 
 TEXT, WHOLE, FLAG = str, int, bool

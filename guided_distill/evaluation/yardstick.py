@@ -206,7 +206,7 @@ def _read(path):
         values = safetensors.numpy.load(content)
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}); delete it, and it is made again") from error
-    # Which safetensors reads of a file of this machine alone: JSON, its length in eight bytes before it.
+    # safetensors itself reads them of local files alone: JSON, its length in eight bytes before it.
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     return values, header.get("__metadata__", {})
 

@@ -71,10 +71,11 @@ def _read_torch(path):
         raise UserError(
             f"{path} cannot be read as weights alone ({reason}); give it as safetensors, which runs no code"
         ) from error
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, not tensors by their names")
-    state = state.get("state_dict", state)
-    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    named = state.items() if isinstance(state, dict) else ()
+    tensors = {key: value for key, value in named if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors by their names")
     return {
         key: value.float().numpy() if value.is_floating_point() else value.numpy() for key, value in tensors.items()
     }
