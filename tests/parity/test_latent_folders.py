@@ -331,6 +331,7 @@ def test_a_checkpoint_of_lightning_is_read_without_lightning(tmp_path):
         torch.save({"callbacks": {other: kept}, "state_dict": {"a": weight}}, tmp_path / "b.ckpt")
         torch.save(weight, tmp_path / "c.ckpt")
         (tmp_path / "d.ckpt").touch()
+        torch.save({"state_dict": None}, tmp_path / "e.ckpt")
     named = {f"{lightning}.ModelCheckpoint", "numpy.core.multiarray.scalar", "numpy.dtype"}
     assert {*torch.serialization.get_unsafe_globals_in_checkpoint(path)} == named
     allowed = {*torch.serialization.get_safe_globals()}
@@ -339,8 +340,9 @@ def test_a_checkpoint_of_lightning_is_read_without_lightning(tmp_path):
     assert lightning not in sys.modules and {*torch.serialization.get_safe_globals()} == allowed
     for name, says in (
         ("b", "cannot be read as weights alone .*GLOBAL pytorch_lightning.trainer.Trainer"),
-        ("c", "holds a Tensor, not tensors by their names"),
+        ("c", "holds no tensors by their names"),
         ("d", "cannot be read as weights alone .EOFError"),
+        ("e", "holds no tensors by their names"),
     ):
         with pytest.raises(diffusers_folder.UserError, match=says):
             weight_files.read_weights(tmp_path / f"{name}.ckpt")
