@@ -98,7 +98,7 @@ def arguments_of(coordinator, num_processes, process_id, environment):
     if not coordinator.rpartition(":")[2].isdigit():
         raise UserError(f"--coordinator={coordinator}: must be host:port, such as 10.0.0.2:1234")
     if not 0 <= told["process_id"] < told["num_processes"]:
-        raise UserError(f"--process_id={process_id}: must be one of 0 ... {told['num_processes'] - 1}")
+        raise UserError(f"--process_id={told['process_id']}: must be one of 0 ... {told['num_processes'] - 1}")
     return {"coordinator_address": coordinator, **told}
 
 

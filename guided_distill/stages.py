@@ -65,8 +65,12 @@ class Stage:
     @property
     def work_per_update(self):
         """In forward passes of one image: three for each call of the student, and what the teacher is asked."""
-        calls = 2 if self.series == "two" else 1  # a teacher is guided by two where it samples, not where it learns
-        return self.training.batch_size * (3 * calls + self.teacher_calls)
+        return self.training.batch_size * (3 * self.student_calls + self.teacher_calls)
+
+    @property
+    def student_calls(self):
+        """Of its network, by which an example is learnt: a teacher is guided by two where it samples, not here."""
+        return 2 if self.series == "two" else 1
 
     def directory(self, workdir):
         """`workdir/<nn>_<name>`."""

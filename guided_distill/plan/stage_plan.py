@@ -95,7 +95,7 @@ def plan_stage(experiment, stage, parent, place, known):
     teacher = None
     if stage.teacher_calls:  # a clipped teacher costs what it costs unclipped
         teacher = _guided_cost(parent, batch, place, known)
-    calls = 2 if stage.series == "two" else 1  # of the student: a network without a w input is guided there
+    calls = stage.student_calls
     asked = stage.teacher_calls / parent.model.calls_per_step if teacher else 0
     flops = parts * (calls * train.flops + (asked * teacher.flops if teacher else 0))
     moved = parts * (calls * train.moved + (asked * teacher.moved if teacher else 0))
