@@ -11,12 +11,11 @@ import json
 import math
 import os
 import platform
-import time
 
 import jax
 import numpy as np
 
-from guided_distill import distributed, pictures
+from guided_distill import distributed, draws, pictures
 from guided_distill.data import read_tokens
 from guided_distill.errors import Stopped, UserError
 from guided_distill.evaluation import captions, pixels
@@ -25,7 +24,6 @@ from guided_distill.evaluation.features import OPERATIONS
 from guided_distill.evaluation.samples import Samples, collect
 from guided_distill.evaluation.yardstick import features_of, kept_rows, make_yardsticks, measure_by, provenance_of
 from guided_distill.files import absolute, write_json, write_whole
-from guided_distill.generate import sample_images
 from guided_distill.summary_table import table_of
 from guided_distill.surface import make_entries
 from guided_distill.teachers import flops_of_a_call
@@ -43,7 +41,7 @@ def evaluate(run, progress):
     """Measures every model of a finished run; returns the summary, which is also written with a table and a picture.
 
     Rows that are there already, of the same weights and settings, are kept: an interrupted evaluation loses the row it
-    was at (killed, that before it too), and further w or num_steps add rows.
+    was at (killed, that before it too) or, of a costly one, the batch, and further w or num_steps add rows.
     """
     entries = make_entries(run.experiment, run.stages)
     keys = [entry.key(w) for entry in entries for w in entry.strengths(run.experiment.evaluate)]
@@ -61,10 +59,12 @@ def evaluate(run, progress):
 
     if run.is_main and not rows:
         # What was measured in another way goes with its summary: rows must not meet samples of other settings.
-        forget(run.workdir)
+        _forget_rows(run.workdir)
     if run.is_main:
         (run.workdir / "comparison.png").unlink(missing_ok=True)  # it is made when all rows are there
         _directory(run).mkdir(parents=True, exist_ok=True)
+        for other in set(_batch_directories(run.workdir)) - {_batch_directory(run)}:
+            draws.forget(other)
     summary, said = {**found, **_told(run, yardsticks)}, set()
     for entry, w, row in _measured(run, entries, rows, yardsticks, progress):
         rows[entry.key(w)] = row
@@ -75,7 +75,9 @@ def evaluate(run, progress):
         summary["rows"] = [rows[key] for key in dict.fromkeys([*keys, *rows]) if key in rows]
         if run.is_main:
             write_summary(run, summary)
+            draws.forget(_batch_directory(run), entry, w)
     if run.is_main:
+        draws.forget(_batch_directory(run))
         pictures.save_png(run.workdir / "comparison.png", _comparison(run, entries))
         progress.say_table(table_of(summary))
         progress.say(f"{run.workdir / 'comparison.png'}: samples; {run.workdir / 'summary.json'}: these figures")
@@ -105,6 +107,12 @@ def write_summary(run, summary):
 
 def forget(workdir):
     """Removes what an evaluation wrote of weights that are about to change."""
+    _forget_rows(workdir)
+    for directory in _batch_directories(workdir):
+        draws.forget(directory)
+
+
+def _forget_rows(workdir):
     for name in ("summary.json", "comparison.png", "report.html"):
         (workdir / name).unlink(missing_ok=True)
     # The classifier and the statistics of real images, which belong to the data, stay.
@@ -115,6 +123,17 @@ def forget(workdir):
 
 def _directory(run):
     return run.workdir / "evaluation"
+
+
+def _batch_directory(run):
+    """Where the batches of a row that is being drawn are, which go with these settings alone."""
+    settings = {key: value for key, value in _settings(run.experiment.evaluate).items() if key not in _SURFACE}
+    named = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    return _directory(run) / f"batches_{named}"
+
+
+def _batch_directories(workdir):
+    return list((workdir / "evaluation").glob("batches_*"))
 
 
 def _measured(run, entries, rows, yardsticks, progress):
@@ -137,7 +156,7 @@ def _measured(run, entries, rows, yardsticks, progress):
                     if loaded[0] is not entry.stage:
                         loaded = (entry.stage, run.params_of(entry.stage))
                     if (entry.stage.model, entry.sampler) not in warm:
-                        list(_drawn(run, entry, loaded[1], config.w[0], num=1, num_steps=1))  # compiles
+                        list(draws.drawn(run, entry, loaded[1], config.w[0], num=1, num_steps=1))  # compiles
                         warm.add((entry.stage.model, entry.sampler))
                         progress.begin()
                     compares = entry.keeps_the_map and entry != reference
@@ -171,45 +190,22 @@ def _results(measured, left):
         yield entry, w, row
 
 
-def _drawn(run, entry, params, w, *, num, num_steps):
-    """Yields (index, label, picture, the seconds an image of the batch took) for images 0 .. num - 1 of the seed.
-
-    Of a latent its decoding is not part of the time: it is the same for all models.
-    """
-    config = run.experiment.evaluate
-    batches = sample_images(
-        entry.stage.model,
-        params,
-        run.grid,
-        run.mesh,
-        seed=config.seed,
-        num=num,
-        w=w,
-        num_steps=num_steps,
-        batch_size=config.batch_size,
-        labels=None if run.conditions is None else np.arange(num) % entry.stage.model.num_labels(run.conditions),
-        conditions=run.conditions,
-        sampler=entry.sampler,
-    )
-    start = time.perf_counter()
-    for index, label, x in batches:
-        took = (time.perf_counter() - start) / config.batch_size
-        yield index, label, run.shown(x), took
-        start = time.perf_counter()
-
-
 def _reference_images(run, reference, w):
     """The reference teacher's first images for a w, f16: drawn again only where they are not on disk any more."""
     path = _directory(run) / f"{reference.file(w)}.images.npy"
     if distributed.agreed(path.exists):
         return _load_images(path)
     num = min(run.experiment.evaluate.num_samples, _compared(run))
-    batches = _drawn(run, reference, run.params_of(reference.stage), w, num=num, num_steps=reference.num_steps)
-    return _keep_images(run, path, np.concatenate([x for _, _, x, _ in batches]))
+    params = run.params_of(reference.stage)
+    batches = draws.drawn(run, reference, params, w, num=num, num_steps=reference.num_steps)
+    return _keep_images(run, path, np.concatenate([batch.x for batch in batches]))
 
 
-def _advance(progress, entry, w, work, num):
-    progress.advance(num * work, f"evaluating {entry.label}", f"w {w:g}")
+def _advance(progress, entry, w, work, batch):
+    if batch.anew:
+        progress.advance(len(batch.index) * work, f"evaluating {entry.label}", f"w {w:g}")
+    else:
+        progress.skip(len(batch.index) * work)
 
 
 def _draw_row(run, entry, params, w, yardsticks, asked, found_again, clip, advance):
@@ -217,8 +213,10 @@ def _draw_row(run, entry, params, w, yardsticks, asked, found_again, clip, advan
     config, bound, compared = run.experiment.evaluate, run.pictures[0].data_range, _compared(run)
     kept, seconds, distances, clip_scores = [], [], [], []
     parts = [[] for _ in yardsticks]
-    for index, label, x, took in _drawn(run, entry, params, w, num=config.num_samples, num_steps=entry.num_steps):
-        seconds.append(took)
+    sizes = {"num": config.num_samples, "num_steps": entry.num_steps}
+    for batch in draws.drawn(run, entry, params, w, **sizes, keep=_batch_directory(run)):
+        index, label, x = batch.index, batch.label, batch.x
+        seconds.append(batch.seconds)
         figures = {} if bound is None else {"saturation": pixels.saturation(x, bound)}
         clip_scores.append(clip(x, label))
         for yardstick, batches in zip(yardsticks, parts, strict=True):
@@ -227,7 +225,7 @@ def _draw_row(run, entry, params, w, yardsticks, asked, found_again, clip, advan
         kept.append(x[near] if entry.reference else x[index < _num_shown(run)])
         if asked is not None and near.any():
             distances.append(pixels.distance(x[near], asked[index[near]]))
-        advance(len(index))
+        advance(batch)
     kept = np.concatenate(kept)
     if entry.reference:
         _keep_images(run, _directory(run) / f"{entry.file(w)}.images.npy", kept)

@@ -89,13 +89,14 @@ def sample_images(
     w,
     num_steps,
     batch_size,
+    first=0,
     labels=None,
     conditions=None,
     sampler="deterministic",
     noise=None,
     edit=None,
 ):
-    """Yields (index [b], label [b], x [b, *S]) as host arrays for the images 0 .. num - 1 of a seed.
+    """Yields (index [b], label [b], x [b, *S]) as host arrays for the images first .. num - 1 of a seed.
 
     Image k depends on (seed, k), its label and w alone. `labels` i32 [num]; None draws them uniformly. Where the model
     takes more than classes a label is the number of a row of `conditions` {name: [C, ...]}, such as the "tokens" of
@@ -104,7 +105,7 @@ def sample_images(
     last batch is computed whole and cut, so that every batch runs the same program.
     """
     sample = compiled(model.static(), samplers.SAMPLERS[sampler], mesh)
-    for start in range(0, num, batch_size):
+    for start in range(first, num, batch_size):
         index = np.arange(start, start + batch_size)
         keys = samplers.image_keys(seed, jnp.asarray(index))
         label = (

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tiny import quick_config
 
-from guided_distill import evaluate, measure_files, pipeline, sample
+from guided_distill import draws, evaluate, generate, measure_files, pipeline, sample
 from guided_distill.errors import Stopped, UserError
 from guided_distill.evaluation import reference as references
 from guided_distill.workdir import Run
@@ -42,14 +42,14 @@ def run_of(finished, tmp_path):
 @pytest.fixture
 def drawn(monkeypatch):
     """The rows that samples were drawn for, warming up apart."""
-    drawn, draw = [], evaluate._drawn
+    drawn, draw = [], draws.drawn
 
-    def noted(run, entry, params, w, *, num, num_steps):
+    def noted(run, entry, params, w, *, num, **kwargs):
         if num > 1:
             drawn.append((entry.stage.name, entry.num_steps, w))
-        return draw(run, entry, params, w, num=num, num_steps=num_steps)
+        return draw(run, entry, params, w, num=num, **kwargs)
 
-    monkeypatch.setattr(evaluate, "_drawn", noted)
+    monkeypatch.setattr(draws, "drawn", noted)
     return drawn
 
 
@@ -109,6 +109,62 @@ def test_a_row_is_measured_while_the_next_is_drawn_and_kept_when_that_is_stopped
     for row, expected in zip(read_rows(run_of), whole, strict=True):
         assert row["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)
         assert {**row, "metrics": 0, "seconds_per_image": 0} == {**expected, "metrics": 0, "seconds_per_image": 0}
+
+
+def test_a_costly_row_goes_on_at_the_batch_it_was_stopped_in(run_of, monkeypatch):
+    some = config(**{"evaluate.batch_size": 8, "evaluate.num_samples": 24})
+    pipeline.evaluate_run(some, run_of)
+    whole = read_rows(run_of)
+    evaluate.forget(run_of)
+    monkeypatch.setattr(draws, "_KEPT_CALLS", 1)
+    drawn, compiled, killed_at = [], generate.compiled, [2]
+
+    def noted(*args):
+        run = compiled(*args)
+
+        def sample(params, grid, keys, *rest):
+            drawn.append(1)
+            if len(drawn) - 1 in killed_at:  # the first is the warming up
+                raise Stopped
+            return run(params, grid, keys, *rest)
+
+        return sample
+
+    monkeypatch.setattr(generate, "compiled", noted)
+    for stop in (2, 2):  # in the first row: once after one batch, once after another
+        killed_at[:] = [stop]
+        drawn.clear()
+        with pytest.raises(Stopped):
+            pipeline.evaluate_run(some, run_of)
+        assert not (run_of / "summary.json").exists()
+    kept = list(run_of.glob("evaluation/batches_*/*.npz"))
+    assert len(kept) == 2
+    killed_at.clear()
+    drawn.clear()
+    pipeline.evaluate_run(some, run_of)
+    models = len({row["model"] for row in whole})
+    assert len(drawn) == 3 * len(whole) - len(kept) + models  # one warms up the teacher, one all students
+    for row, expected in zip(read_rows(run_of), whole, strict=True):
+        assert row["metrics"] == expected["metrics"]
+    assert list(run_of.glob("evaluation/batches_*")) == []
+
+
+def test_batches_of_other_settings_or_weights_are_not_gone_on_with(run_of, monkeypatch):
+    monkeypatch.setattr(draws, "_KEPT_CALLS", 1)
+
+    def stopped(*args):
+        raise Stopped
+
+    monkeypatch.setattr(evaluate, "measure_by", stopped)
+    with pytest.raises(Stopped):
+        pipeline.evaluate_run(config(**{"evaluate.seed": 1}), run_of)
+    (left,) = run_of.glob("evaluation/batches_*")
+    with pytest.raises(Stopped):
+        pipeline.evaluate_run(config(**{"evaluate.seed": 2}), run_of)
+    (other,) = run_of.glob("evaluation/batches_*")
+    assert other != left
+    evaluate.forget(run_of)  # as training does before it changes weights
+    assert list(run_of.glob("evaluation/batches_*")) == []
 
 
 def test_further_rows_are_drawn_and_no_others(run_of, drawn):
