@@ -14,7 +14,6 @@ import argparse
 import ast
 import collections
 import glob
-import importlib
 import statistics
 import subprocess
 import sys
@@ -24,21 +23,17 @@ _WARM, _TRACED, _SHOWN = 3, 3, 15
 
 
 def load(name, stage_name, batch_size, changes):
-    """(experiment, stage, the stage that teaches it or None) of configs/<name>.py with some values exchanged.
+    """(experiment, stage, the stage that teaches it or None) of a config with some values exchanged. Raises UserError.
 
-    `name` may end in what the config takes, as in cifar10_small:cores. Raises UserError.
+    `name` is the config's, or its file's, and may end in its variant, as in cifar10_small:cores.
     """
+    from guided_distill import config_files
     from guided_distill.errors import UserError
     from guided_distill.experiment import from_config
     from guided_distill.models.unet import UNetConfig
     from guided_distill.stages import make_stages
 
-    stem, _, argument = name.partition(":")
-    try:
-        module = importlib.import_module(f"configs.{stem}")
-    except ModuleNotFoundError as error:
-        raise UserError(f"--config={name}: there is no configs/{stem}.py") from error
-    config = module.get_config(*filter(None, [argument]))
+    config = config_files.load(name)
     for group in ("teacher", "stage1", "stage2"):
         config[group].batch_size = batch_size or config[group].batch_size
     config.update_from_flattened_dict(changes)
@@ -215,7 +210,7 @@ def _literal(value):
 def make_parser(description):
     """Of the options that name a stage of a config."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="the stem of a file in configs/")
+    parser.add_argument("--config", required=True, help="a config by name or file, as digits or x.py:variant")
     parser.add_argument("--stage", default="stage1")
     parser.add_argument("--batch", type=int, help="in place of the config's own")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another value of the config")

@@ -6,14 +6,15 @@ One after the other, of stage one, on weights and pictures that are random.
 """
 
 import argparse
-import importlib
+import sys
 import time
 
 import jax
 
 from benchmarks.train_step import make_step_arguments, random_params
-from guided_distill import sharding
+from guided_distill import config_files, sharding
 from guided_distill.data import load_dataset, make_batches
+from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
 from guided_distill.stages import make_stages
 
@@ -48,12 +49,11 @@ def updates_of(experiment, mesh):
 def main():
     """Prints images a second as they are read, and as they reach the devices."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="digits", help="the stem of a file in configs/")
+    parser.add_argument("--config", default="digits", help="a config by name or file, as digits or x.py:variant")
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--data_dir")
     args = parser.parse_args()
-    stem, _, argument = args.config.partition(":")
-    config = importlib.import_module(f"configs.{stem}").get_config(*filter(None, [argument]))
+    config = config_files.load(args.config)
     if args.data_dir:
         config.data.data_dir = args.data_dir
     experiment = from_config(config.to_dict())
@@ -69,4 +69,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

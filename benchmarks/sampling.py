@@ -2,18 +2,20 @@
 
     python -m benchmarks.sampling [--config=configs/digits.py]
 
-The time does not depend on the weights, so fresh ones are used.
+--config is a name or a file, as cifar10_small or configs/cifar10_small.py:cores. The time does not depend on the
+weights, so fresh ones are used.
 """
 
 import argparse
-import importlib.util
 import statistics
+import sys
 import time
 
 import jax
 import jax.numpy as jnp
 
-from guided_distill import compilation, diffusion, generate, samplers, sharding
+from guided_distill import compilation, config_files, diffusion, generate, samplers, sharding
+from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
 from guided_distill.teachers import initial_params, make_model
 
@@ -56,9 +58,7 @@ def main():
     parser.add_argument("--config", default="configs/digits.py")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 64])
     args = parser.parse_args()
-    spec = importlib.util.spec_from_file_location("config", args.config)
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    experiment = from_config(module.get_config().to_dict())
+    experiment = from_config(config_files.load(args.config).to_dict())
 
     mesh = sharding.make_mesh()
     grid = sharding.place(mesh, diffusion.make_grid(experiment.schedule, TEACHER_STEPS))
@@ -83,4 +83,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

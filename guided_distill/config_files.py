@@ -1,4 +1,4 @@
-"""Where config files are: in the current directory, or among those that come with the package."""
+"""Where config files are, in the current directory or among those that come with the package, and what they hold."""
 
 import importlib.machinery
 import importlib.util
@@ -30,6 +30,20 @@ def find(name):
             return f"{path}{colon}{variant}"
     there = ", ".join(sorted({path.stem for path in SHIPPED.glob("*.py")} - {*_NO_EXPERIMENT}))
     raise UserError(f"--config={name}: no such file; give the path of one of your own, or one of {there}")
+
+
+def load(name):
+    """The ConfigDict of the config file that `--config=name` means, made for the variant where `name` has one.
+
+    Raises UserError where there is no such file, or no such variant of it.
+    """
+    path, _, variant = find(name).partition(":")
+    spec = importlib.util.spec_from_file_location("config", path)
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    try:
+        return module.get_config(*filter(None, [variant]))
+    except (TypeError, ValueError) as error:  # of a config that has no variants, and of one that has others
+        raise UserError(f"--config={name}: {error}") from error
 
 
 def _let_import_from(folder):

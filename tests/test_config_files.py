@@ -49,6 +49,21 @@ def test_where_nothing_is_found_the_names_are_listed(elsewhere, name):
     assert str(error.value).startswith(f"--config={name}: ") and "common" not in str(error.value)
 
 
+def test_a_config_is_loaded_by_its_name_or_file_as_the_variant_that_is_named(elsewhere):
+    write(elsewhere / "configs" / "mine.py", "def get_config(size='small'):\n    return size")
+    assert config_files.load("mine") == "small"
+    assert config_files.load("configs/mine.py:large") == "large"
+    assert config_files.load("cifar10_small:cores").data.image_size == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("cifar10_small:tpu", "the sizes are gpu, cores"), ("digits:x", "takes 0 positional arguments")]
+)
+def test_a_variant_that_a_config_does_not_have_gets_one_line(elsewhere, name, says):
+    with pytest.raises(UserError, match=f"^--config={name}: .*{says}.*$"):
+        config_files.load(name)
+
+
 def imported(name):
     return importlib.import_module(f"configs.{name}").__file__
 
