@@ -1,6 +1,7 @@
 """Our U-Net beside the same network written in PyTorch: an implementation that shares no line with it."""
 
 import dataclasses
+import math
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import unet_torch
+from benchmarks import config_step, train_step, unet_torch
 from guided_distill.models import UNet, UNetConfig, make_model_fn
 
 CONFIG = UNetConfig(
@@ -49,3 +50,17 @@ def test_values_and_gradients_agree_with_pytorch(config):
     gradient = jax.jit(jax.grad(lambda x: (ours(x) ** 2).sum()))(x)
     expected = z.grad.movedim(1, -1).numpy()
     np.testing.assert_allclose(gradient, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["teacher", "stage1", "stage2_det_0016"])
+def test_each_kind_of_stage_of_a_shipped_config_has_its_peer(name):
+    experiment, stage, parent = config_step.load("cifar10_small:cores", name, 2, {})
+
+    def network(one):
+        taught = one.model.w_conditioned
+        params = train_step.random_params(experiment, w_conditioned=taught)
+        return train_step.torch_network(experiment, params, w_conditioned=taught)  # which compares it with ours
+
+    step = train_step.torch_step(experiment, stage, network(stage), None if parent is None else network(parent))
+    x, label = train_step.torch_batch(train_step.random_batch(experiment, 2))
+    assert 0.0 < step(x, label) < math.inf

@@ -60,7 +60,8 @@ def sinusoid(position, dim):
     """[sin, cos] of position [B] times exp(-ln(1e4) j / (dim/2 - 1)), j < dim/2: [B, dim]."""
     # By NumPy in float32, as where the weights were trained: at angles of 1000 another rounding shows.
     step = np.log(np.float32(1e4)) / np.float32(dim // 2 - 1)
-    frequencies = torch.tensor(np.exp(np.arange(dim // 2, dtype=np.float32) * -step), device=position.device)
+    # as_tensor, since torch.compile takes the array for a tensor, and warns of copies.
+    frequencies = torch.as_tensor(np.exp(np.arange(dim // 2, dtype=np.float32) * -step), device=position.device)
     angle = position[:, None] * frequencies
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
