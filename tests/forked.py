@@ -4,6 +4,7 @@ Each begins before JAX has made its devices, with an environment of its own, and
 importing does, and what JAX reads of the environment when it is imported, is that of the process they are forks of.
 """
 
+import argparse
 import multiprocessing
 import os
 import pathlib
@@ -28,8 +29,8 @@ def run_script(path, *, env, cwd):
     return _run(_script, [str(path)], env, cwd)
 
 
-def parse_main(commands, *, env, cwd):
-    """What `run_main` would do up to a checked config, for each list of arguments, in the directory `cwd`."""
+def parse_programs(commands, *, env, cwd):
+    """What `python -m` of each list of words would do up to read flags and a checked config, in the directory `cwd`."""
     return _run(_parse_each, commands, env, cwd)
 
 
@@ -71,28 +72,51 @@ def _main(arguments):
 def _parse_each(commands):
     """The number of commands that are wrong, each in a fork of its own, as flags are parsed once in a process."""
     wrong = 0
-    for arguments in commands:
+    for words in commands:
         child = os.fork()
         if not child:
-            os._exit(_parse(arguments))
+            os._exit(_parse(words))
         wrong += os.waitpid(child, 0)[1] != 0
     return wrong
 
 
-def _parse(arguments):
-    from guided_distill import command_line
-    from guided_distill.errors import UserError
+def _parse(words):
+    _stop_where_flags_are_read()
+    sys.argv = words
+    try:
+        runpy.run_module(words[0], run_name="__main__")
+        error = "reads no flags"
+    except _Parsed:
+        return 0
+    except (Exception, SystemExit) as raised:
+        error = repr(raised)
+    print(*words, "->", error, file=sys.stderr, flush=True)
+    return 1
+
+
+class _Parsed(BaseException):
+    """Flags have been read, and nothing is wrong with them."""
+
+
+def _stop_where_flags_are_read():
+    """Has programs raise _Parsed where they would begin their work: those with our flags, and those with argparse's."""
+    from guided_distill import command_line, config_files
     from guided_distill.experiment import from_config
 
-    sys.argv = ["guided_distill.main", *arguments]
-    try:
-        command_line.parse(sys.argv)
+    read_ours, read_theirs = command_line.parse, argparse.ArgumentParser.parse_args
+
+    def ours(argv):
+        read_ours(argv)
         if command_line.CONFIG.value is not None:
             from_config(command_line.CONFIG.value.to_dict())
-    except UserError as error:
-        print(*arguments, "->", error, file=sys.stderr, flush=True)
-        return 1
-    return 0
+        raise _Parsed
+
+    def theirs(*arguments):
+        if config := getattr(read_theirs(*arguments), "config", None):
+            config_files.find(config)
+        raise _Parsed
+
+    command_line.parse, argparse.ArgumentParser.parse_args = ours, theirs
 
 
 def _script(arguments):

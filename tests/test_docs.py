@@ -1,9 +1,10 @@
-"""What README.md and docs/ show is what works.
+"""What README.md, docs/, results/ and benchmarks/peers.md show is what works.
 
 Their Python runs, the blocks of a file in order and in a directory of its own; a block that begins with the name of a
 file is that file, too. Their commands are parsed up to a checked config, not carried out. Keys and links are there.
 """
 
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from forked import parse_main, run_script
+from forked import parse_programs, run_script
 from quickly import COMPILED_QUICKLY
 from tiny import tiny_config
 
@@ -28,9 +29,12 @@ from guided_distill.experiment import from_config
 from guided_distill.teachers import outside_teacher
 
 REPO = Path(__file__).parents[1]
-DOCS = ["README.md", *(f"docs/{path.name}" for path in sorted((REPO / "docs").glob("*.md")))]
+FOUND = [path for folder in ("docs", "results") for path in sorted((REPO / folder).rglob("*.md"))]
+PAGES = ["README.md", "benchmarks/peers.md", *(str(path.relative_to(REPO)) for path in FOUND)]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-INLINE = re.compile(r"`((?:python -m|make|guided-distill)\s[^`]+)`")
+INLINE = re.compile(r"`((?:[A-Z_]+=\S+\s+)*(?:timeout|time|python -m|make|guided-distill)\s[^`]+)`")
+VARIABLE = re.compile(r"([A-Z_]+)=(.*)")
+LOOP = re.compile(r"for (\w+) in ([^;]+); do (.+); done")
 ELSEWHERE = {"tensorboard", "source"}  # programs that are not ours
 ENV = {**os.environ, "XLA_FLAGS": COMPILED_QUICKLY}
 
@@ -64,13 +68,36 @@ def commands(text):
     """The commands of the blocks that hold some, and those in the running text, as lists of words."""
     values = {}
     for line in "\n".join(blocks(text, "", "bash")).replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        if words and (said := re.fullmatch(r"([A-Z]+)=(.+)", words[0])):
-            values[f"${said[1]}"] = said[2].split()
-        elif words:
-            yield [*values.get(words[0], words[:1]), *words[1:]]
+        for turn in turns_of(line):
+            words = shlex.split(turn, comments=True)
+            if len(words) == 1 and (said := VARIABLE.fullmatch(words[0])):
+                values[f"${said[1]}"] = said[2].split()
+            elif words := run_by(words):
+                yield [*values.get(words[0], words[:1]), *words[1:]]
     for found in INLINE.findall(without_blocks(text)):
-        yield shlex.split(found)
+        yield run_by(shlex.split(found))
+
+
+def turns_of(line):
+    """[`line`], or what a loop over files of the repository does with each."""
+    if not (loop := LOOP.search(line)):
+        return [line]
+    name, patterns, body = loop.groups()
+    files = [str(file.relative_to(REPO)) for pattern in patterns.split() for file in sorted(REPO.glob(pattern))]
+    assert files, f"no file is {patterns}"
+    return [body.replace(f"${name}", file) for file in files]
+
+
+def run_by(words):
+    """The command that `words` run in the end: no variables of its environment, no `time`, no `timeout 5`."""
+    match words:
+        case ["time", *rest]:
+            return run_by(rest)
+        case ["timeout", *rest]:
+            return run_by([*itertools.dropwhile(lambda word: word.startswith("-"), rest)][1:])
+        case [word, *rest] if VARIABLE.fullmatch(word):
+            return run_by(rest)
+    return words
 
 
 def write_files(text, directory):
@@ -92,7 +119,7 @@ def desk(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", DOCS)
+@pytest.mark.parametrize("name", PAGES)
 def test_the_python_runs(name, desk):
     text = text_of(name)
     write_files(text, desk)
@@ -102,21 +129,23 @@ def test_the_python_runs(name, desk):
     assert done.returncode == 0, f"{done.stderr}\nline numbers are those of {name}"
 
 
-@pytest.mark.parametrize("name", DOCS)
+@pytest.mark.parametrize("name", PAGES)
 def test_the_commands_are_commands(name, tmp_path):
     write_files(text_of(name), tmp_path)
-    ours = [arguments for words in commands(text_of(name)) for arguments in arguments_of_main(words)]
-    done = parse_main(ours, env=ENV, cwd=tmp_path)
+    ours = [program for words in commands(text_of(name)) for program in programs_of(words)]
+    done = parse_programs(ours, env=ENV, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-def arguments_of_main(words):
-    """[the arguments] of a command that reads our flags, [] of another, once that is seen to be one."""
+def programs_of(words):
+    """[the module and its arguments] of a command that runs one of ours, [] of another, once that is seen to be one."""
     match words:
-        case ["guided-distill", *arguments] | ["python", "-m", "guided_distill.main", *arguments]:
-            return [arguments] if arguments else []
-        case ["python", "-m", module, *arguments]:
-            return arguments_of_program(module, arguments)
+        case ["guided-distill"] | ["python", "-m", "guided_distill.main"]:
+            return []  # spoken of
+        case ["guided-distill", *arguments]:
+            return [["guided_distill.main", *arguments]]
+        case ["python", "-m", *program]:
+            return [program]
         case ["make", *targets]:
             known = re.search(r"^\.PHONY: (.+)$", text_of("Makefile"), re.MULTILINE)[1].split()
             assert {target for target in targets if "=" not in target} <= set(known), words
@@ -131,17 +160,6 @@ def arguments_of_main(words):
     return []
 
 
-def arguments_of_program(module, arguments):
-    """As above of a module with flags of its own, and perhaps ours besides."""
-    path = REPO / module.replace(".", "/")
-    files = path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]
-    source = "".join(file.read_text() for file in files)
-    flags = {word: re.match(r"--(\w+)", word)[1] for word in arguments if word.startswith("--")}
-    others = [word for word, flag in flags.items() if not re.search(rf'"(--)?{flag}"', source)]
-    assert not others or "command_line.parse" in source, f"{module} has no {others}"
-    return [others] if others else []
-
-
 def keys(config, prefix=""):
     for name, value in config.items():
         yield prefix + name
@@ -149,23 +167,36 @@ def keys(config, prefix=""):
             yield from keys(value, f"{prefix}{name}.")
 
 
-@pytest.mark.parametrize("name", DOCS)
+@pytest.mark.parametrize("name", PAGES)
 def test_the_keys_are_keys(name):
-    said = re.findall(r"(?<![\w/.-])(?:--)?config\.([a-z]\w*(?:\.[a-z]\w*)*)", without_blocks(text_of(name), "python"))
+    key = r"(?:(?<![\w/.-])(?:--)?config\.|--set )([a-z]\w*(?:\.[a-z]\w*)*)"
+    said = re.findall(key, without_blocks(text_of(name), "python"))
     known = {key for config in (common, emoji_text, stable_diffusion) for key in keys(config.get_config())}
     assert set(said) - known == set()
 
 
-@pytest.mark.parametrize("name", DOCS)
+@pytest.mark.parametrize("name", PAGES)
 def test_the_links_lead_somewhere(name):
-    links = re.findall(r"\]\((?!https?:)([^)#\s]+)", without_blocks(text_of(name)))
-    assert [link for link in links if not (REPO / name).parent.joinpath(link).exists()] == []
+    links = re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)", without_blocks(text_of(name)))
+    assert [(file, heading) for file, heading in links if not leads_somewhere(name, file, heading)] == []
+
+
+def leads_somewhere(name, file, heading):
+    there = (REPO / name).parent / file if file else REPO / name
+    return there.exists() and (not heading or heading in anchors(there.read_text()))
+
+
+def anchors(text):
+    """What GitHub calls the headings of a page."""
+    return [
+        re.sub(r"[^\w -]", "", said.lower()).replace(" ", "-") for said in re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    ]
 
 
 def test_every_page_is_linked_and_every_config_listed():
     readme = text_of("README.md")
     configs = {f"configs/{path.name}" for path in (REPO / "configs").glob("*.py")} - {"configs/common.py"}
-    assert [name for name in [*DOCS[1:], "examples/own_denoiser.py", *configs] if name not in readme] == []
+    assert [name for name in [*PAGES[1:], "examples/own_denoiser.py", *configs] if name not in readme] == []
 
 
 def test_the_example_of_a_teacher_of_ones_own_works_as_printed(tmp_path, monkeypatch):
@@ -193,15 +224,21 @@ def test_the_tutorials_data_are_what_its_text_says(tmp_path):
         ("guided-distill --config=digits --config.stage1.updatess=3", "updatess"),
         ("python -m guided_distill.main --config=digits --nosuchflag", "nosuchflag"),
         ("SAY='guided-distill --config=digits'\n$SAY --mode=dance", "dance"),
+        ("XLA_FLAGS=--x timeout --signal=TERM 5 guided-distill --config=cifar10_small:dance", "dance"),
+        ("for one in configs/digits.py; do guided-distill --config=$one --mode=dance; done", "dance"),
+        ("python -m benchmarks.claims runs/digits --bounds=dance", "dance"),
+        ("python -m benchmarks.input --config=dance", "dance"),
+        ("python -m benchmarks.dance", "dance"),
     ],
 )
 def test_a_wrong_command_is_seen(text, says, tmp_path):
     (words,) = commands(f"```bash\n{text}\n```\n")
-    done = parse_main(arguments_of_main(words), env=ENV, cwd=tmp_path)
+    done = parse_programs(programs_of(words), env=ENV, cwd=tmp_path)
     assert done.returncode == 1 and says in done.stderr
 
 
-@pytest.mark.parametrize("line", ["make dance", "pip install .[dance]", "dance", "python -m benchmarks.high_w --dance"])
+@pytest.mark.parametrize("line", ["make dance", "pip install .[dance]", "dance", "XLA_FLAGS=x time timeout 5 dance"])
 def test_a_wrong_word_is_seen(line):
+    (words,) = commands(f"```\n{line}\n```\n")
     with pytest.raises(AssertionError, match="dance"):
-        arguments_of_main(line.split())
+        programs_of(words)
