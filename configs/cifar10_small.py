@@ -41,7 +41,7 @@ def _on_a_gpu(config):
 
 
 def _on_two_cores(config):
-    """Three quarters of an hour of two busy CPU cores, and as much again for the evaluation; see results/cifar10."""
+    """Forty minutes of two busy CPU cores, and as much again for the evaluation; see results/cifar10."""
     config.data.update(
         name="cifar10_16", image_size=16, channels=3, num_classes=10, train_split="train[:10000]", flip=True
     )
@@ -49,8 +49,12 @@ def _on_two_cores(config):
         channels=32, emb_channels=128, multipliers=(1, 2), num_blocks=1, attention_resolutions=(8,), norm_groups=8
     )
     config.teacher.update(updates=3000, batch_size=32, learning_rate=1e-3, warmup=100, decay="linear", ema=0.999)
-    config.stage1.update(updates=4000, batch_size=32, learning_rate=1e-3, decay="linear", ema=0.99, w_margin=0.1)
-    config.stage2.update(teacher_steps=32, updates=150, final_updates=200, batch_size=32, learning_rate=6e-4)
-    config.evaluate.update(num_samples=500, batch_size=250, w=(0.0, 1.0, 4.0), num_steps=(1, 2, 4, 8))
+    config.stage1.update(
+        updates=4000, batch_size=32, learning_rate=1e-3, warmup=100, decay="linear", ema=0.99, w_margin=0.1
+    )
+    config.stage2.update(
+        series=("det", "sto"), teacher_steps=32, updates=200, final_updates=300, batch_size=32, learning_rate=6e-4
+    )
+    config.evaluate.update(num_samples=500, batch_size=250)
     config.log.update(every=20, sample_every=1000)
     config.checkpoint.update(every=250)
