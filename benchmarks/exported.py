@@ -74,10 +74,11 @@ def in_diffusers(directory, student):
 def teacher_in_diffusers(model, teacher, num_steps):
     """The guided teacher's sampler as diffusers' users write it, called in the same way, or None for what is not known.
 
-    Known is the U-Net of pixels in [-1, 1] that predicts v.
+    Known is the U-Net of pixels in [-1, 1] that predicts v in float32, by two calls a step, on the CPU.
     """
-    known = (teacher.network["name"], teacher.model.parameterisation, teacher.model.data_range)
-    if known != ("unet", "v", 1.0):
+    network, dynamics = teacher.network, teacher.model
+    known = (network["name"], network["dtype"], dynamics.parameterisation, dynamics.data_range)
+    if known != ("unet", "float32", "v", 1.0) or dynamics.calls_per_step != 2 or jax.devices()[0].platform != "cpu":
         return None
     import torch
 
@@ -128,7 +129,7 @@ def choose_threads(call):
     import torch
 
     seconds = {}
-    for threads in sorted({1, len(os.sched_getaffinity(0))}):
+    for threads in sorted({1, os.cpu_count()}):
         torch.set_num_threads(threads)
         call()
         seconds[threads] = min(timed(call) for _ in range(WARM))

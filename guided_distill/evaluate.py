@@ -15,7 +15,7 @@ import platform
 import jax
 import numpy as np
 
-from guided_distill import distributed, draws, pictures
+from guided_distill import distributed, drawing, pictures
 from guided_distill.data import read_tokens
 from guided_distill.errors import Stopped, UserError
 from guided_distill.evaluation import captions, pixels
@@ -63,10 +63,10 @@ def evaluate(run, progress):
     if run.is_main:
         (run.workdir / "comparison.png").unlink(missing_ok=True)  # it is made when all rows are there
         _directory(run).mkdir(parents=True, exist_ok=True)
-        for other in set(_batch_directories(run.workdir)) - {_batch_directory(run)}:
-            draws.forget(other)
     summary, said = {**found, **_told(run, yardsticks)}, set()
-    for entry, w, row in _measured(run, entries, rows, yardsticks, progress):
+    kept_at = drawing.row_directories(run)
+    for entry, w, row in _measured(run, entries, rows, yardsticks, kept_at, progress):
+        anew = entry.key(w) not in rows
         rows[entry.key(w)] = row
         for note in sorted(set(row["notes"]) - said):
             progress.say(note)
@@ -75,9 +75,10 @@ def evaluate(run, progress):
         summary["rows"] = [rows[key] for key in dict.fromkeys([*keys, *rows]) if key in rows]
         if run.is_main:
             write_summary(run, summary)
-            draws.forget(_batch_directory(run), entry, w)
+            if anew:
+                drawing.forget(kept_at(entry, w, run.experiment.evaluate.num_samples))
     if run.is_main:
-        draws.forget(_batch_directory(run))
+        drawing.forget(drawing.kept(run.workdir))  # those of other settings, too
         pictures.save_png(run.workdir / "comparison.png", _comparison(run, entries))
         progress.say_table(table_of(summary))
         progress.say(f"{run.workdir / 'comparison.png'}: samples; {run.workdir / 'summary.json'}: these figures")
@@ -108,8 +109,7 @@ def write_summary(run, summary):
 def forget(workdir):
     """Removes what an evaluation wrote of weights that are about to change."""
     _forget_rows(workdir)
-    for directory in _batch_directories(workdir):
-        draws.forget(directory)
+    drawing.forget(drawing.kept(workdir))
 
 
 def _forget_rows(workdir):
@@ -125,18 +125,7 @@ def _directory(run):
     return run.workdir / "evaluation"
 
 
-def _batch_directory(run):
-    """Where the batches of a row that is being drawn are, which go with these settings alone."""
-    settings = {key: value for key, value in _settings(run.experiment.evaluate).items() if key not in _SURFACE}
-    named = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    return _directory(run) / f"batches_{named}"
-
-
-def _batch_directories(workdir):
-    return list((workdir / "evaluation").glob("batches_*"))
-
-
-def _measured(run, entries, rows, yardsticks, progress):
+def _measured(run, entries, rows, yardsticks, kept_at, progress):
     """Yields (entry, w, row) of all models; a row that `rows` holds is not measured again."""
     config, loaded, warm = run.experiment.evaluate, (None, None), set()
     found_again, clip = _make_retrieval(run, yardsticks), _make_clip(run, progress)
@@ -156,13 +145,15 @@ def _measured(run, entries, rows, yardsticks, progress):
                     if loaded[0] is not entry.stage:
                         loaded = (entry.stage, run.params_of(entry.stage))
                     if (entry.stage.model, entry.sampler) not in warm:
-                        list(draws.drawn(run, entry, loaded[1], config.w[0], num=1, num_steps=1))  # compiles
+                        list(drawing.drawn(run, entry, loaded[1], config.w[0], num=1, num_steps=1))  # compiles
                         warm.add((entry.stage.model, entry.sampler))
                         progress.begin()
                     compares = entry.keeps_the_map and entry != reference
-                    asked = _reference_images(run, reference, w) if compares else None
+                    asked = _reference_images(run, reference, w, kept_at, progress) if compares else None
                     advance = functools.partial(_advance, progress, entry, w, entry.calls + seeing)
-                    measure = _draw_row(run, entry, loaded[1], w, yardsticks, asked, found_again, clip, advance)
+                    measure = _draw_row(
+                        run, entry, loaded[1], w, kept_at, yardsticks, asked, found_again, clip, advance
+                    )
                     measured.append((entry, w, measuring.submit(measure).result if ahead else measure))
                 yield from _results(measured, ahead)
             yield from _results(measured, 0)
@@ -190,15 +181,17 @@ def _results(measured, left):
         yield entry, w, row
 
 
-def _reference_images(run, reference, w):
+def _reference_images(run, reference, w, kept_at, progress):
     """The reference teacher's first images for a w, f16: drawn again only where they are not on disk any more."""
     path = _directory(run) / f"{reference.file(w)}.images.npy"
     if distributed.agreed(path.exists):
         return _load_images(path)
     num = min(run.experiment.evaluate.num_samples, _compared(run))
-    params = run.params_of(reference.stage)
-    batches = draws.drawn(run, reference, params, w, num=num, num_steps=reference.num_steps)
-    return _keep_images(run, path, np.concatenate([batch.x for batch in batches]))
+    params, keep, images = run.params_of(reference.stage), kept_at(reference, w, num), []
+    for batch in drawing.drawn(run, reference, params, w, num=num, num_steps=reference.num_steps, keep=keep):
+        images.append(batch.x)
+        progress.after_work()
+    return _keep_images(run, path, np.concatenate(images))
 
 
 def _advance(progress, entry, w, work, batch):
@@ -206,17 +199,18 @@ def _advance(progress, entry, w, work, batch):
         progress.advance(len(batch.index) * work, f"evaluating {entry.label}", f"w {w:g}")
     else:
         progress.skip(len(batch.index) * work)
+        progress.after_work()
 
 
-def _draw_row(run, entry, params, w, yardsticks, asked, found_again, clip, advance):
+def _draw_row(run, entry, params, w, kept_at, yardsticks, asked, found_again, clip, advance):
     """Draws the samples of one row and keeps what the pictures show; returns what measures them, () -> the row."""
     config, bound, compared = run.experiment.evaluate, run.pictures[0].data_range, _compared(run)
     kept, seconds, distances, clip_scores = [], [], [], []
     parts = [[] for _ in yardsticks]
-    sizes = {"num": config.num_samples, "num_steps": entry.num_steps}
-    for batch in draws.drawn(run, entry, params, w, **sizes, keep=_batch_directory(run)):
+    num, keep = config.num_samples, kept_at(entry, w, config.num_samples)
+    for batch in drawing.drawn(run, entry, params, w, num=num, num_steps=entry.num_steps, keep=keep):
         index, label, x = batch.index, batch.label, batch.x
-        seconds.append(batch.seconds)
+        seconds.append((not batch.anew, batch.seconds))
         figures = {} if bound is None else {"saturation": pixels.saturation(x, bound)}
         clip_scores.append(clip(x, label))
         for yardstick, batches in zip(yardsticks, parts, strict=True):
@@ -239,7 +233,9 @@ def _draw_row(run, entry, params, w, yardsticks, asked, found_again, clip, advan
             measured["metrics"]["clip_score"] = float(scores.mean())
         if distances:
             measured["metrics"]["distance_to_reference"] = float(np.concatenate(distances).mean())
-        return _row(run, entry, w, float(np.median(seconds)), measured, yardsticks)
+        # What was drawn earlier may have been on another machine.
+        timed = [took for earlier, took in seconds if not earlier] or [took for _, took in seconds]
+        return _row(run, entry, w, float(np.median(timed)), measured, yardsticks)
 
     return measure
 

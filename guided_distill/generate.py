@@ -98,9 +98,9 @@ def sample_images(
 ):
     """Yields (index [b], label [b], x [b, *S]) as host arrays for the images first .. num - 1 of a seed.
 
-    Image k depends on (seed, k), its label and w alone. `labels` i32 [num]; None draws them uniformly. Where the model
-    takes more than classes a label is the number of a row of `conditions` {name: [C, ...]}, such as the "tokens" of
-    captions. `w` is a number or f32 [num].
+    Image k depends on (seed, k), its label and w alone; in the same batches (`first` a multiple of their size) bit for
+    bit. `labels` i32 [num]; None draws them uniformly. Where the model takes more than classes a label is the number of
+    a row of `conditions` {name: [C, ...]}, such as the "tokens" of captions. `w` is a number or f32 [num].
     `noise`, index [b] -> z [b, *S], stands for the noise of the seed; an `Edit` for starting from noise at all. The
     last batch is computed whole and cut, so that every batch runs the same program.
     """

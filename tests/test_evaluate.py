@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tiny import quick_config
 
-from guided_distill import draws, evaluate, generate, measure_files, pipeline, sample
+from guided_distill import drawing, evaluate, measure_files, pipeline, sample
 from guided_distill.errors import Stopped, UserError
 from guided_distill.evaluation import reference as references
 from guided_distill.workdir import Run
@@ -42,14 +42,14 @@ def run_of(finished, tmp_path):
 @pytest.fixture
 def drawn(monkeypatch):
     """The rows that samples were drawn for, warming up apart."""
-    drawn, draw = [], draws.drawn
+    drawn, draw = [], drawing.drawn
 
     def noted(run, entry, params, w, *, num, **kwargs):
         if num > 1:
             drawn.append((entry.stage.name, entry.num_steps, w))
         return draw(run, entry, params, w, num=num, **kwargs)
 
-    monkeypatch.setattr(draws, "drawn", noted)
+    monkeypatch.setattr(drawing, "drawn", noted)
     return drawn
 
 
@@ -112,59 +112,41 @@ def test_a_row_is_measured_while_the_next_is_drawn_and_kept_when_that_is_stopped
 
 
 def test_a_costly_row_goes_on_at_the_batch_it_was_stopped_in(run_of, monkeypatch):
-    some = config(**{"evaluate.batch_size": 8, "evaluate.num_samples": 24})
+    some = config(**{"evaluate.batch_size": 8, "evaluate.num_samples": 24, "evaluate.w": (0.0, 0.3)})
     pipeline.evaluate_run(some, run_of)
     whole = read_rows(run_of)
     evaluate.forget(run_of)
-    monkeypatch.setattr(draws, "_KEPT_CALLS", 1)
-    drawn, compiled, killed_at = [], generate.compiled, [2]
+    monkeypatch.setattr(drawing, "_KEPT_CALLS", 1)
+    drawn, sample_images, left = [], drawing.sample_images, 5  # a row, and two batches of the next
 
-    def noted(*args):
-        run = compiled(*args)
+    def noted(*args, num, w, num_steps, **kwargs):
+        nonlocal left
+        for index, label, x in sample_images(*args, num=num, w=w, num_steps=num_steps, **kwargs):
+            if num > 1:
+                if not left:
+                    raise Stopped
+                left -= 1
+                drawn.append((args[0], w, num_steps, index[0]))
+            yield index, label, x
 
-        def sample(params, grid, keys, *rest):
-            drawn.append(1)
-            if len(drawn) - 1 in killed_at:  # the first is the warming up
-                raise Stopped
-            return run(params, grid, keys, *rest)
+    monkeypatch.setattr(drawing, "sample_images", noted)
+    write_summary, there = evaluate.write_summary, []
 
-        return sample
+    def seen(run, summary):
+        there.append(len(list(run_of.glob("evaluation/batches/*/*.npz"))))
+        write_summary(run, summary)
 
-    monkeypatch.setattr(generate, "compiled", noted)
-    for stop in (2, 2):  # in the first row: once after one batch, once after another
-        killed_at[:] = [stop]
-        drawn.clear()
-        with pytest.raises(Stopped):
-            pipeline.evaluate_run(some, run_of)
-        assert not (run_of / "summary.json").exists()
-    kept = list(run_of.glob("evaluation/batches_*/*.npz"))
-    assert len(kept) == 2
-    killed_at.clear()
-    drawn.clear()
+    monkeypatch.setattr(evaluate, "write_summary", seen)
+    with pytest.raises(Stopped):
+        pipeline.evaluate_run(some, run_of)
+    assert len(read_rows(run_of)) == 1 and len(list(run_of.glob("evaluation/batches/*/*.npz"))) == 2
+    left = 1000
     pipeline.evaluate_run(some, run_of)
-    models = len({row["model"] for row in whole})
-    assert len(drawn) == 3 * len(whole) - len(kept) + models  # one warms up the teacher, one all students
+    assert len(drawn) == 3 * len(whole)  # nothing twice
+    assert there[:3] == [3, 2, 3]  # a row's batches are there until it is; the second time it is found, nothing goes
     for row, expected in zip(read_rows(run_of), whole, strict=True):
         assert row["metrics"] == expected["metrics"]
-    assert list(run_of.glob("evaluation/batches_*")) == []
-
-
-def test_batches_of_other_settings_or_weights_are_not_gone_on_with(run_of, monkeypatch):
-    monkeypatch.setattr(draws, "_KEPT_CALLS", 1)
-
-    def stopped(*args):
-        raise Stopped
-
-    monkeypatch.setattr(evaluate, "measure_by", stopped)
-    with pytest.raises(Stopped):
-        pipeline.evaluate_run(config(**{"evaluate.seed": 1}), run_of)
-    (left,) = run_of.glob("evaluation/batches_*")
-    with pytest.raises(Stopped):
-        pipeline.evaluate_run(config(**{"evaluate.seed": 2}), run_of)
-    (other,) = run_of.glob("evaluation/batches_*")
-    assert other != left
-    evaluate.forget(run_of)  # as training does before it changes weights
-    assert list(run_of.glob("evaluation/batches_*")) == []
+    assert not (run_of / "evaluation" / "batches").exists()
 
 
 def test_further_rows_are_drawn_and_no_others(run_of, drawn):

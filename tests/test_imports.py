@@ -53,7 +53,7 @@ LEVEL = {
     "editing": 4,
     "latent_space": 5,
     "generate": 5,
-    "draws": 6,
+    "drawing": 6,
     "prepare_data": 5,
     "encode": 6,
     "train": 5,
