@@ -19,6 +19,7 @@ _EXAMPLES = 64
 _TIMES = 8  # of those a student is evaluated at, as many are looked at
 _STRENGTHS = 9  # over the range of w, for the smoothness
 _MOST_LEFT = 0.5  # of the gap that a round opened with; a round that leaves more is worth a warning
+_CLOSED = 1e-8  # a gap that is rounding, as the last stochastic round opens with: its one call is its teacher's first
 
 
 def looked_at(stages):
@@ -47,7 +48,7 @@ def diagnose(run, stage):
     config.clip_targets x_student what a sampler keeps of it. `clipped` is the share of values outside the data's range
     before that, `colour_drift` the root mean square over channels of the mean difference to the teacher,
     `smoothness_over_w` the root mean square of second differences over that of first ones at t = 1, `left` the share of
-    the gap that the round opened with; too much of it makes a `warning`.
+    the gap that the round opened with, if it did with one; too much of it makes a `warning`.
     """
     parent = run.stage(stage.parent)
     params, teacher_params = run.params_of(stage), run.params_of(parent)
@@ -68,8 +69,9 @@ def diagnose(run, stage):
         told["clipped"] = [[w, over("clipped", 1, w)] for w in strengths]
     if stage.series and not stage.from_scratch:
         before = np.mean([look(teacher_params, i, w)["gap"] for i in times for w in strengths])
-        told["left"] = float(np.mean([values["gap"] for values in found.values()]) / max(before, 1e-12))
-        if told["left"] > _MOST_LEFT:
+        if before > _CLOSED:
+            told["left"] = float(np.mean([values["gap"] for values in found.values()]) / before)
+        if told.get("left", 0.0) > _MOST_LEFT:
             told["warning"] = (
                 f"{stage.name}: {told['left']:.0%} of the gap to its teacher is left; "
                 f"train the round longer, or at another learning rate"

@@ -104,6 +104,15 @@ def test_a_round_that_left_most_of_its_gap_is_warned_of():
     assert "warning" not in told
 
 
+def test_a_round_that_opens_with_its_gap_closed_is_not_warned_of():
+    run = FakeRun(shifted(0.0), clip_targets=False)
+    stage = run.stage("stage2_det_0001")
+    stage = dataclasses.replace(stage, model=dataclasses.replace(stage.model, model_fn=shifted(0.1)(stage)))
+    run.params_of = lambda of: {"loss": jnp.float32(0.2 if of is stage else 0.0)}  # training alone moved it away
+    told = diagnostics.diagnose(run, stage)
+    assert told["gap_by_w"][1][1] > 1e-3 and not {"left", "warning"} & set(told)
+
+
 def test_only_students_that_follow_their_teachers_steps_are_looked_at():
     experiment = from_config(tiny_config(**{"stage2.series": ("det", "sto", "encode", "two")}))
     names = [stage.name for stage in diagnostics.looked_at(make_stages(experiment))]
