@@ -11,7 +11,6 @@ diffusers' DDIMScheduler.
 import argparse
 import functools
 import importlib.util
-import os
 import pathlib
 import statistics
 import sys
@@ -76,16 +75,16 @@ def teacher_in_diffusers(model, teacher, num_steps):
 
     Known is the U-Net of pixels in [-1, 1] that predicts v in float32, by two calls a step, on the CPU.
     """
-    network, dynamics = teacher.network, teacher.model
-    known = (network["name"], network["dtype"], dynamics.parameterisation, dynamics.data_range)
-    if known != ("unet", "float32", "v", 1.0) or dynamics.calls_per_step != 2 or jax.devices()[0].platform != "cpu":
+    made, of = teacher.network, teacher.model
+    known = (made["name"], made["dtype"], of.parameterisation, of.data_range, of.calls_per_step)
+    if known != ("unet", "float32", "v", 1.0, 2) or jax.devices()[0].platform != "cpu":
         return None
     import torch
 
     from benchmarks import unet_torch
 
     side, _, channels = teacher.model.sample_shape
-    network = unet_torch.make_unet(types.SimpleNamespace(**teacher.network), side, channels)
+    network = unet_torch.make_unet(types.SimpleNamespace(**made), side, channels)
     unet_torch.load_flax(network.eval(), jax.device_get(teacher.model.params))
     scheduler, logsnr = ddim_scheduler(model.grid), torch.tensor(np.asarray(model.grid.logsnr)[1:])
     scheduler.set_timesteps(num_steps)
@@ -128,8 +127,10 @@ def choose_threads(call):
     """Lets PyTorch have as many threads as suit the call best, one or all, and returns how many they are."""
     import torch
 
+    from benchmarks import unet_torch
+
     seconds = {}
-    for threads in sorted({1, os.cpu_count()}):
+    for threads in unet_torch.thread_counts():
         torch.set_num_threads(threads)
         call()
         seconds[threads] = min(timed(call) for _ in range(WARM))

@@ -9,7 +9,6 @@ A stage of a shipped config, on whatever devices there are: benchmarks/config_st
 import argparse
 import dataclasses
 import functools
-import os
 import statistics
 import time
 from unittest import mock
@@ -150,11 +149,10 @@ def torch_step(experiment, stage, model, teacher):
 
 
 def torch_turns(experiment, stage, params, teacher_params):
-    """{number of threads: a stage's update in PyTorch, the same work}.
-
-    On a busy machine its threads wait for each other, and one is many times faster than all.
-    """
+    """{number of threads: a stage's update in PyTorch, the same work}."""
     import torch
+
+    from benchmarks import unet_torch
 
     model = torch_network(experiment, params, w_conditioned=stage.model.w_conditioned)
     teacher = None
@@ -168,7 +166,7 @@ def torch_turns(experiment, stage, params, teacher_params):
         for _ in range(steps):
             step(x, label)
 
-    return {threads: functools.partial(turn, threads) for threads in sorted({1, len(os.sched_getaffinity(0))})}
+    return {threads: functools.partial(turn, threads) for threads in unet_torch.thread_counts()}
 
 
 def print_times():

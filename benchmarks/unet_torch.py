@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 
 import torch
 from torch import nn
@@ -19,6 +20,11 @@ def make_unet(config, side, in_channels):
 def load_flax(model, params):
     """Copies the Linen tree `params` into a PixelUNet. Raises RuntimeError where they differ."""
     model.load_state_dict({key: torch.tensor(value) for key, value in to_torch(params).items()})
+
+
+def thread_counts():
+    """One and all: on a busy machine PyTorch's threads wait for each other, and one is many times faster than all."""
+    return sorted({1, len(os.sched_getaffinity(0))})
 
 
 class TrainStep:

@@ -205,12 +205,12 @@ def _advance(progress, entry, w, work, batch):
 def _draw_row(run, entry, params, w, kept_at, yardsticks, asked, found_again, clip, advance):
     """Draws the samples of one row and keeps what the pictures show; returns what measures them, () -> the row."""
     config, bound, compared = run.experiment.evaluate, run.pictures[0].data_range, _compared(run)
-    kept, seconds, distances, clip_scores = [], [], [], []
+    kept, seconds, distances, clip_scores = [], {True: [], False: []}, [], []
     parts = [[] for _ in yardsticks]
     num, keep = config.num_samples, kept_at(entry, w, config.num_samples)
     for batch in drawing.drawn(run, entry, params, w, num=num, num_steps=entry.num_steps, keep=keep):
         index, label, x = batch.index, batch.label, batch.x
-        seconds.append((not batch.anew, batch.seconds))
+        seconds[batch.anew].append(batch.seconds)
         figures = {} if bound is None else {"saturation": pixels.saturation(x, bound)}
         clip_scores.append(clip(x, label))
         for yardstick, batches in zip(yardsticks, parts, strict=True):
@@ -234,8 +234,8 @@ def _draw_row(run, entry, params, w, kept_at, yardsticks, asked, found_again, cl
         if distances:
             measured["metrics"]["distance_to_reference"] = float(np.concatenate(distances).mean())
         # What was drawn earlier may have been on another machine.
-        timed = [took for earlier, took in seconds if not earlier] or [took for _, took in seconds]
-        return _row(run, entry, w, float(np.median(timed)), measured, yardsticks)
+        timed = float(np.median(seconds[True] or seconds[False]))
+        return _row(run, entry, w, timed, measured, yardsticks)
 
     return measure
 
