@@ -5,13 +5,14 @@ import io
 import json
 import time
 import zipfile
+import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from guided_distill import distributed
-from guided_distill.files import write_whole
+from guided_distill.files import write_npz
 from guided_distill.generate import sample_images
 
 _KEPT_CALLS = 16  # network calls an image from which on batches are kept: cheaper ones are soon drawn again
@@ -44,7 +45,7 @@ def drawn(run, entry, params, w, *, num, num_steps, keep=None):
     for index, label, x, seconds in _sampled(run, entry, params, w, first=there * size, num=num, num_steps=num_steps):
         if files and run.is_main:
             keep.mkdir(parents=True, exist_ok=True)
-            _write(files[int(index[0])], index, label, x, seconds)
+            write_npz(files[int(index[0])], index=index, label=label, x=x, seconds=seconds)
         yield Batch(index, label, run.shown(x), seconds, True)
 
 
@@ -116,7 +117,7 @@ def _whole(files):
     for count, (first, file) in enumerate(files.items()):
         try:
             index = _read(file)[0]
-        except (FileNotFoundError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        except (FileNotFoundError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error):
             return count
         if index[0] != first:
             return count
@@ -127,9 +128,3 @@ def _read(file):
     # np.load, given a path, looks on this machine alone.
     with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
         return arrays["index"], arrays["label"], arrays["x"], float(arrays["seconds"])
-
-
-def _write(file, index, label, x, seconds):
-    buffer = io.BytesIO()
-    np.savez(buffer, index=index, label=label, x=x, seconds=seconds)
-    write_whole(file, buffer.getvalue())

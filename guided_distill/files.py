@@ -7,6 +7,7 @@ import os
 import pathlib
 import time
 
+import numpy as np
 from etils import epath
 
 from guided_distill.errors import UserError
@@ -63,6 +64,13 @@ def absolute(path: epath.PathLike) -> epath.Path:
 def write_json(path, value):
     """Writes `value` as JSON, as `write_whole` writes."""
     write_whole(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_npz(path, **arrays):
+    """Writes arrays as one npz, as `write_whole` writes."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_whole(path, buffer.getvalue())
 
 
 def read_json(path: epath.PathLike):

@@ -1,7 +1,6 @@
 """Images of a trained student: a picture, or arrays."""
 
 import dataclasses
-import io
 import os
 import sys
 
@@ -11,7 +10,7 @@ from etils import epath
 from guided_distill import generate, pictures, pipeline
 from guided_distill.errors import UserError
 from guided_distill.evaluation.image_files import read_picture
-from guided_distill.files import in_bucket, write_whole
+from guided_distill.files import in_bucket, write_npz
 from guided_distill.masks import shrink
 from guided_distill.records import times
 from guided_distill.text import words_of
@@ -81,9 +80,7 @@ def sample(config, workdir, *, num_steps, series, w, labels, num, seed, out, cap
         if out.endswith(".png"):
             pictures.save_png(out, pictures.image_grid(np.concatenate([*shown, x])))
         else:
-            buffer = io.BytesIO()
-            np.savez(buffer, x=x, label=label, index=index)
-            write_whole(out, buffer.getvalue())
+            write_npz(out, x=x, label=label, index=index)
     except OSError as error:
         raise UserError(f"--out={out} cannot be written: {error.strerror or error}") from error
     calls = (num_steps if edit is None else edit.start) * stage.model.calls_per_step

@@ -86,6 +86,17 @@ def test_a_damaged_batch_is_drawn_again(tmp_path, sampled, damage):
     assert sampled == [4, 8]
 
 
+def test_no_wrong_byte_of_a_kept_batch_changes_an_image(tmp_path, sampled):
+    run = make_run(tmp_path)
+    expected = [batch.x for batch in draw(run)]
+    file = drawing.row_directories(run)(make_entry(), 0.0, NUM) / "00000000.npz"
+    content = file.read_bytes()
+    for place in range(0, len(content), 5):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+        for batch, x in zip(draw(run), expected, strict=True):
+            np.testing.assert_array_equal(batch.x, x, strict=True)
+
+
 def test_a_row_of_another_w_is_another(tmp_path, sampled):
     run, entry = make_run(tmp_path), make_entry()
     at = drawing.row_directories(run)

@@ -6,7 +6,6 @@ Inception's 2,048 features, so that the Fréchet distance is all that they serve
 
 import dataclasses
 import hashlib
-import io
 import zipfile
 import zlib
 
@@ -16,7 +15,7 @@ from etils import epath
 from guided_distill.errors import UserError
 from guided_distill.evaluation.gaussians import GaussianStats
 from guided_distill.evaluation.neighbours import DENSITY_K, PRECISION_K, Neighbourhood, neighbourhood
-from guided_distill.files import write_whole
+from guided_distill.files import write_npz
 
 _TEXTS = ("network", "weights_hash", "resize", "resolution", "source", "hash")
 _PUBLISHED_DIM = 2048
@@ -74,7 +73,7 @@ def check(reference: Reference, *, network, weights_hash, resize, resolution) ->
 
 def save(path: epath.PathLike, reference: Reference) -> None:
     """Writes a reference, whole or not at all."""
-    write_whole(path, _npz(reference))
+    write_npz(path, **_arrays(reference), **{name: np.asarray(getattr(reference, name)) for name in _TEXTS})
 
 
 def load(path: epath.PathLike) -> Reference:
@@ -152,12 +151,6 @@ def _arrays(reference):
         "features": reference.neighbours.features,
         **radii,
     }
-
-
-def _npz(reference):
-    file = io.BytesIO()
-    np.savez(file, **_arrays(reference), **{name: np.asarray(getattr(reference, name)) for name in _TEXTS})
-    return file.getvalue()
 
 
 def _content_hash(reference):
