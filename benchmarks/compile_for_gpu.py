@@ -10,7 +10,6 @@ cuDNN's. With XLA_FLAGS=--xla_gpu_enable_triton_gemm=false products are cuBLAS's
 import collections
 import os
 import re
-import sys
 import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -20,9 +19,9 @@ import jax
 from jax._src import xla_bridge  # there is no other way to name a platform without a device
 from jax.experimental import topologies
 
+from benchmarks import plain_errors
 from benchmarks.config_step import changes_of, load, make_parser
 from guided_distill import sharding
-from guided_distill.errors import UserError
 from guided_distill.plan import ahead
 
 # As XLA asks of the device where there is one; memory in bytes and bytes/s of NVIDIA's H200 data sheet.
@@ -58,10 +57,8 @@ def h200():
 def main():
     """Prints seconds, memory and kernels."""
     arguments = make_parser(__doc__).parse_args()
-    try:
+    with plain_errors():
         experiment, stage, parent = load(arguments.config, arguments.stage, arguments.batch, changes_of(arguments.set))
-    except UserError as error:
-        sys.exit(f"error: {error}")
     stages = [one for one in (parent, stage) if one is not None]
     lower = dict(ahead.programs(experiment, stages, sharding.make_mesh([h200()])))[stage.name]
     lowered = lower()

@@ -19,6 +19,8 @@ import subprocess
 import sys
 import time
 
+from benchmarks import plain_errors
+
 _WARM, _TRACED, _SHOWN = 3, 3, 15
 
 
@@ -234,9 +236,7 @@ def main():
                 sys.exit(code)
         return
 
-    from guided_distill.errors import UserError
-
-    try:
+    with plain_errors():
         experiment, stage, parent = load(arguments.config, arguments.stage, arguments.batch, changes_of(arguments.set))
         if arguments.side == "peer":
             theirs(experiment, stage, parent, arguments.updates)
@@ -246,8 +246,6 @@ def main():
             f"{arguments.config}, {stage.name}, batch {stage.training.batch_size}, {experiment.model.dtype} {settings}"
         )
         ours(experiment, stage, parent, arguments.updates, arguments.trace)
-    except UserError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

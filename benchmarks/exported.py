@@ -13,7 +13,6 @@ import functools
 import importlib.util
 import pathlib
 import statistics
-import sys
 import time
 import types
 
@@ -21,6 +20,7 @@ import jax
 import numpy as np
 
 import guided_distill
+from benchmarks import plain_errors
 from guided_distill import generate, samplers
 from guided_distill.errors import UserError
 
@@ -205,7 +205,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
+    with plain_errors():
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -6,15 +6,14 @@ One after the other, of stage one, on weights and pictures that are random.
 """
 
 import argparse
-import sys
 import time
 
 import jax
 
+from benchmarks import plain_errors
 from benchmarks.train_step import make_step_arguments, random_params
 from guided_distill import config_files, sharding
 from guided_distill.data import load_dataset, make_batches
-from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
 from guided_distill.stages import make_stages
 
@@ -69,7 +68,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
+    with plain_errors():
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -13,9 +13,9 @@ import sys
 import numpy as np
 from absl import flags
 
+from benchmarks import plain_errors
 from guided_distill import command_line, sharding
 from guided_distill.data import load_dataset, read_range
-from guided_distill.errors import UserError
 from guided_distill.evaluation.features import load_feature_network
 from guided_distill.evaluation.gaussians import frechet_distance, gaussian_stats
 from guided_distill.evaluation.labels import diversity
@@ -64,7 +64,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
+    with plain_errors():
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")

@@ -8,14 +8,13 @@ weights, so fresh ones are used.
 
 import argparse
 import statistics
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks import plain_errors
 from guided_distill import compilation, config_files, diffusion, generate, samplers, sharding
-from guided_distill.errors import UserError
 from guided_distill.experiment import from_config
 from guided_distill.teachers import initial_params, make_model
 
@@ -83,7 +82,5 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
+    with plain_errors():
         main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
