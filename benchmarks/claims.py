@@ -6,9 +6,12 @@ Exits with 1 when a bound is missed. "floor" is the noise floor of summary.json.
 """
 
 import argparse
-import json
 import pathlib
 import sys
+
+from benchmarks import plain_errors
+from guided_distill.errors import UserError
+from guided_distill.files import read_json
 
 # Fréchet distance of the N-step student, at most this many times the reference teacher's, plus the floor.
 REFERENCE_BOUNDS = {"digits": {4: 1.15, 2: 1.3}, "mnist": {4: 1.3, 2: 2.0}}
@@ -100,14 +103,31 @@ def natural_checks(summary):
 OTHERS = {"emoji_text": caption_checks, "cifar10": natural_checks}
 
 
+def of_run(workdir, bounds):
+    """[(what, reached, bound, held)] of an evaluated run. Raises UserError where its evaluation lacks what they ask."""
+    path = workdir / "summary.json"
+    if not path.exists():
+        raise UserError(
+            f"{path} is not there: {workdir} is no run, or not evaluated yet: the command that began it goes on"
+        )
+    summary = read_json(path)
+    try:
+        return OTHERS[bounds](summary) if bounds in OTHERS else checks(summary, bounds)
+    except KeyError as missing:
+        raise UserError(
+            f"{path} has no {missing}, which --bounds={bounds} asks for: the run is of another config, or its "
+            "evaluation is not finished"
+        ) from missing
+
+
 def main():
     """Prints every claim with what was reached."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=pathlib.Path)
     parser.add_argument("--bounds", choices=[*REFERENCE_BOUNDS, *OTHERS], default="digits")
     args = parser.parse_args()
-    summary = json.loads((args.workdir / "summary.json").read_text())
-    found = OTHERS[args.bounds](summary) if args.bounds in OTHERS else checks(summary, args.bounds)
+    with plain_errors():
+        found = of_run(args.workdir, args.bounds)
     for what, reached, bound, held in found:
         print(f"{'ok    ' if held else 'MISSED'}  {what:55s}  {reached:9.4f}  bound {bound:9.4f}")
     missed = sum(not held for *_, held in found)

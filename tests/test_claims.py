@@ -5,6 +5,8 @@ import copy
 import pytest
 
 from benchmarks import claims
+from guided_distill.errors import UserError
+from guided_distill.files import write_json
 
 
 def row(model, stage, num_steps, w, **metrics):
@@ -110,3 +112,13 @@ def natural(**changes):
 )
 def test_each_claim_of_natural_images_can_be_missed(changes, says):
     assert [what for what, _, _, held in claims.natural_checks(natural(**changes)) if not held] == says
+
+
+def test_what_is_no_evaluated_run_is_said(tmp_path):
+    with pytest.raises(UserError, match="summary.json is not there"):
+        claims.of_run(tmp_path, "emoji_text")
+    unfinished = captioned()
+    del unfinished["rows"][-1]
+    write_json(tmp_path / "summary.json", unfinished)
+    with pytest.raises(UserError, match="'student', 4, 2.0.*which --bounds=emoji_text asks for"):
+        claims.of_run(tmp_path, "emoji_text")
