@@ -8,8 +8,9 @@ from guided_distill.errors import UserError
 
 @contextlib.contextmanager
 def plain_errors():
-    """Ends the process with the one line of a UserError, as `guided_distill.main` does."""
+    """Ends the process with the one line and the exit code of a UserError, as `guided_distill.main` does."""
     try:
         yield
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -108,16 +108,19 @@ def of_run(workdir, bounds):
     path = workdir / "summary.json"
     if not path.exists():
         raise UserError(
-            f"{path} is not there: {workdir} is no run, or not evaluated yet: the command that began it goes on"
+            f"{path} is not there: {workdir} is no run, or one that is not evaluated; its training command goes on"
         )
     summary = read_json(path)
     try:
-        return OTHERS[bounds](summary) if bounds in OTHERS else checks(summary, bounds)
+        found = OTHERS[bounds](summary) if bounds in OTHERS else checks(summary, bounds)
     except KeyError as missing:
         raise UserError(
             f"{path} has no {missing}, which --bounds={bounds} asks for: the run is of another config, or its "
             "evaluation is not finished"
         ) from missing
+    if not found:
+        raise UserError(f"{path} has no row that --bounds={bounds} asks for")
+    return found
 
 
 def main():

@@ -11,8 +11,8 @@ def get_config():
     config.data.update(
         name="emoji64_32", image_size=32, num_classes=10, holdout=10, text_length=12, vocabulary=4096, flip=False
     )
-    # Patches of 48 numbers, of which a network of 64 channels can say what they are but not what their noise was: x_hat
-    # itself is learnt (arXiv 2511.13720), with weights that ask for pictures rather than for the last of their grain.
+    # A small network says more easily what the 48 numbers of a patch are than what their noise was: x_hat itself is
+    # learnt (arXiv 2511.13720), with weights that ask for pictures rather than for the last of their grain.
     config.parameterisation, config.weighting = "x", "constant"
     config.model.update(
         channels=64,
@@ -26,7 +26,7 @@ def get_config():
     )
     config.clip_targets = True
     config.teacher.update(updates=3500, batch_size=16, learning_rate=1e-3, warmup=100, decay="linear", ema=0.999)
-    config.teacher.update(cond_dropout=0.3, num_times=16)  # the times it is sampled at
+    config.teacher.update(cond_dropout=0.3, num_times=16)  # the times it is sampled at: stage2.teacher_steps
     config.stage1.update(
         updates=6000, batch_size=8, learning_rate=7e-4, warmup=100, decay="linear", ema=0.99, w_max=8.0, w_margin=0.1
     )

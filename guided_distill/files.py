@@ -1,4 +1,4 @@
-"""Writing a file so that a reader, or a process killed half-way, never leaves or finds half of one; reading JSON."""
+"""Writing files so that a reader, or a process killed half-way, never leaves or finds half of one; JSON, npz."""
 
 import contextlib
 import io

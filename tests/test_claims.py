@@ -122,3 +122,7 @@ def test_what_is_no_evaluated_run_is_said(tmp_path):
     write_json(tmp_path / "summary.json", unfinished)
     with pytest.raises(UserError, match="'student', 4, 2.0.*which --bounds=emoji_text asks for"):
         claims.of_run(tmp_path, "emoji_text")
+    students = [one for one in natural()["rows"] if one["stage"] != "teacher"]
+    write_json(tmp_path / "summary.json", {"rows": students})
+    with pytest.raises(UserError, match="no row that --bounds=cifar10 asks for"):
+        claims.of_run(tmp_path, "cifar10")

@@ -1,5 +1,6 @@
 """Batches of a row of an evaluation that are kept are gone on with, and those of anything else, or damaged, are not."""
 
+import itertools
 import types
 
 import numpy as np
@@ -20,7 +21,7 @@ def sampled(monkeypatch):
         for start in range(first, num, batch_size):
             index = np.arange(start, min(start + batch_size, num))
             sampled.append(start)
-            yield index, (index % 3).astype(np.int32), np.broadcast_to(index[:, None, None], (len(index), 2, 2)) * 1.0
+            yield index, (index % 3).astype(np.int32), np.broadcast_to(index[:, None, None], (len(index), 40, 40)) * 1.0
 
     monkeypatch.setattr(drawing, "sample_images", sample_images)
     return sampled
@@ -91,8 +92,10 @@ def test_no_wrong_byte_of_a_kept_batch_changes_an_image(tmp_path, sampled):
     expected = [batch.x for batch in draw(run)]
     file = drawing.row_directories(run)(make_entry(), 0.0, NUM) / "00000000.npz"
     content = file.read_bytes()
-    for place in range(0, len(content), 5):
-        file.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
+    header = content.index(b"\x93NUMPY", content.index(b"x.npy"))
+    places = [*range(header, header + 128, 3), *range(content.index(b"PK\1\2"), len(content), 3)]
+    for place, wrong in zip(places, itertools.cycle([0xFF, 1, 8, 12, 14])):
+        file.write_bytes(content[:place] + bytes([content[place] ^ wrong]) + content[place + 1 :])
         for batch, x in zip(draw(run), expected, strict=True):
             np.testing.assert_array_equal(batch.x, x, strict=True)
 
