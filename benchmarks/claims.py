@@ -103,23 +103,28 @@ def natural_checks(summary):
 OTHERS = {"emoji_text": caption_checks, "cifar10": natural_checks}
 
 
-def of_run(workdir, bounds):
-    """[(what, reached, bound, held)] of an evaluated run. Raises UserError where its evaluation lacks what they ask."""
+def summary_of(workdir):
+    """What summary.json of an evaluated run holds. Raises UserError where there is none."""
     path = workdir / "summary.json"
     if not path.exists():
         raise UserError(
             f"{path} is not there: {workdir} is no run, or one that is not evaluated; its training command goes on"
         )
-    summary = read_json(path)
+    return read_json(path)
+
+
+def of_run(workdir, bounds):
+    """[(what, reached, bound, held)] of an evaluated run. Raises UserError where its evaluation lacks what they ask."""
+    summary = summary_of(workdir)
     try:
         found = OTHERS[bounds](summary) if bounds in OTHERS else checks(summary, bounds)
     except KeyError as missing:
         raise UserError(
-            f"{path} has no {missing}, which --bounds={bounds} asks for: the run is of another config, or its "
-            "evaluation is not finished"
+            f"{workdir}/summary.json has no {missing}, which --bounds={bounds} asks for: the run is of another config, "
+            "or its evaluation is not finished"
         ) from missing
     if not found:
-        raise UserError(f"{path} has no row that --bounds={bounds} asks for")
+        raise UserError(f"{workdir}/summary.json has no row that --bounds={bounds} asks for")
     return found
 
 

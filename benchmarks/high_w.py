@@ -8,9 +8,10 @@ its distance to the reference's images; draws them as high_w.png in the workdir.
 """
 
 import argparse
-import json
 import pathlib
 
+from benchmarks import plain_errors
+from benchmarks.claims import summary_of
 from guided_distill import pictures, plots
 
 _SHOWN = {
@@ -36,7 +37,8 @@ def main():
     parser.add_argument("workdir", type=pathlib.Path)
     parser.add_argument("--series", default="det")
     args = parser.parse_args()
-    found = figures(json.loads((args.workdir / "summary.json").read_text()), args.series)
+    with plain_errors():
+        found = figures(summary_of(args.workdir), args.series)
     steps, strengths = (sorted({key[k] for key in found}) for k in (0, 1))
 
     def value(n, w, name):

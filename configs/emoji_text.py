@@ -26,7 +26,8 @@ def get_config():
     )
     config.clip_targets = True
     config.teacher.update(updates=3500, batch_size=16, learning_rate=1e-3, warmup=100, decay="linear", ema=0.999)
-    config.teacher.update(cond_dropout=0.3, num_times=16)  # the times it is sampled at: stage2.teacher_steps
+    config.teacher.cond_dropout = 0.3
+    config.teacher.num_times = config.stage2.get_ref("teacher_steps")  # the times it is sampled at
     config.stage1.update(
         updates=6000, batch_size=8, learning_rate=7e-4, warmup=100, decay="linear", ema=0.99, w_max=8.0, w_margin=0.1
     )

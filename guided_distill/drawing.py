@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 import time
 import zipfile
@@ -39,7 +40,7 @@ def drawn(run, entry, params, w, *, num, num_steps, keep=None):
         files = {first: keep / f"{first:08d}.npz" for first in range(0, num, size)}
     there = distributed.agreed(lambda: _whole(files)) if files else 0
     for file in list(files.values())[:there]:
-        index, label, x, seconds = _read(file)
+        index, label, x, seconds = _parsed(file.read_bytes())
         yield Batch(index, label, run.shown(x), seconds, False)
     for index, label, x, seconds in _sampled(run, entry, params, w, first=there * size, num=num, num_steps=num_steps):
         if files and run.is_main:
@@ -113,28 +114,22 @@ def _sampled(run, entry, params, w, *, first, num, num_steps):
 
 def _whole(files):
     """How many of the first files {first image: file} are there and whole; a damaged one is drawn again."""
-    for count, (first, file) in enumerate(files.items()):
-        if not file.exists():
-            return count
-        content = file.read_bytes()
-        try:
-            index = _parsed(content)[0]
-        except Exception:  # Of a wrong byte zipfile, each of its decompressors and NumPy's parser raise their own.
-            return count
-        if index[0] != first:
-            return count
-    return len(files)
+    return sum(1 for _ in itertools.takewhile(lambda one: _is_whole(*one), files.items()))
 
 
-def _read(file):
-    # np.load, given a path, looks on this machine alone.
-    return _parsed(file.read_bytes())
+def _is_whole(first, file):
+    if not file.exists():
+        return False
+    content = file.read_bytes()
+    try:
+        # NumPy reads no further than a header says, and so a wrong header past the checksum.
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            sound = archive.testzip() is None
+        return sound and _parsed(content)[0][0] == first
+    except Exception:  # Of a wrong byte zipfile, each of its decompressors and NumPy's parser raise their own.
+        return False
 
 
 def _parsed(content):
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        # NumPy reads no further than a header says, and so a wrong header past the checksum.
-        if archive.testzip() is not None:
-            raise zipfile.BadZipFile
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         return arrays["index"], arrays["label"], arrays["x"], float(arrays["seconds"])
