@@ -67,6 +67,7 @@ def get_config():
     config.stage2.self_ema = 0.5
     config.stage2.final_num_steps = (1, 2, 4)
     config.stage2.final_updates = 100_000
+    config.stage2.weighting = config_dict.placeholder(str)
 
     config.mesh = ml_collections.ConfigDict({"fsdp": 1})
     config.teacher_dtype = "float32"

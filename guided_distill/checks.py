@@ -90,6 +90,13 @@ def _check_rounds(stage2):
             raise UserError(f"config.stage2.series holds {series!r}; there are {', '.join(SERIES)}")
     if len(set(stage2.series)) < len(stage2.series):
         raise UserError(f"config.stage2.series is {stage2.series}; name each once")
+    weightings = (*diffusion.WEIGHTINGS, "landing")
+    if stage2.weighting is not None and stage2.weighting not in weightings:
+        raise UserError(f"config.stage2.weighting is {stage2.weighting!r}; it must be one of {', '.join(weightings)}")
+    if stage2.weighting == "landing" and (other := [series for series in stage2.series if series != "det"]):
+        raise UserError(
+            f"config.stage2.weighting is 'landing', for the series 'det' alone; {other[0]!r} is trained too"
+        )
     if not 0.0 < stage2.self_ema < 1.0:
         raise UserError(f"config.stage2.self_ema is {stage2.self_ema}; it must be between 0 and 1")
     path = [teacher_steps, *stage2.rounds()]

@@ -257,7 +257,7 @@ def _rounds(experiment, first, series):
                 name=f"encode_{num_steps:04d}" if series == "encode" else f"stage2_{series}{single}_{num_steps:04d}",
                 position=before.position + 1,
                 objective=_objective(
-                    experiment.weighting,
+                    config.weighting or experiment.weighting,
                     series,
                     substeps,
                     before.model.null_cond if series == "two" else None,

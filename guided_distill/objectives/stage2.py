@@ -60,6 +60,17 @@ def target(teacher, z, cond, index, grid):
     return jax.lax.stop_gradient(diffusion.composite_target(x_hats, path_weights(index, points)))
 
 
+def landing_weights(index, points):
+    """omega [B] of a step of x_hat from t to s, (sqrt(SNR_s) - sqrt(SNR_t))^2: its error in units of the noise it meets.
+
+    What a DDIM step makes of an error e of x_hat is (alpha_s - sigma_s alpha_t / sigma_t) e in z_s, beside noise of
+    sigma_s. At t = 0 there is none to meet: of a step that ends there the last point that its teacher goes through
+    before stands for s. `index` and `points` as for `path_weights`; the last but one of a path is above t = 0.
+    """
+    root = jnp.exp(0.5 * points.logsnr)
+    return (jnp.where(index[-1] == 0, root[-2], root[-1]) - root[0]) ** 2
+
+
 def make_stage2(*, weighting, series="det", substeps=2):
     """omega(logsnr_t) || x_student(z_t, c, w) - x_tilde ||^2 at t = i/N, i ~ U{1 .. N} (algorithm 2).
 
@@ -68,8 +79,9 @@ def make_stage2(*, weighting, series="det", substeps=2):
     "det": `substeps` steps of 1/(substeps N), from t to t - 1/N.
     "sto": two steps of 1/N, from t to t - 2/N, and from t = 1/N the one step to 0 (section 3.3).
 
-    N = knobs.num_steps is traced, and substeps * N divides the grid. The loss is taken in x, in float32. Raises
-    ValueError for a series that does not exist, fewer than two steps, and a stochastic one of any number but two.
+    N = knobs.num_steps is traced, and substeps * N divides the grid. The loss is taken in x, in float32. For
+    `weighting` "landing" omega is `landing_weights`. Raises ValueError for a series that does not exist, fewer than two
+    steps, and a stochastic one of any number but two or weighted by where it lands.
     """
     if series not in _TEACHER_STEP:
         raise ValueError(f"series is {series!r}; it must be one of {', '.join(_TEACHER_STEP)}")
@@ -77,18 +89,25 @@ def make_stage2(*, weighting, series="det", substeps=2):
         raise ValueError(f"substeps is {substeps}; the teacher takes at least 2 for one of the student")
     if series == "sto" and substeps != 2:
         raise ValueError(f"substeps is {substeps}; the stochastic series halves the steps, so it must be 2")
+    if series == "sto" and weighting == "landing":
+        raise ValueError("weighting is 'landing'; the stochastic series jumps to 0 without a point between")
 
     def objective(apply, schedule, batch, knobs, keys):
         x, cond = draws.split_batch(batch)
         key_i, key_eps, key_w = draws.split_examples(keys, 3)
         i = draws.randint(key_i, 1, knobs.num_steps + 1)
         index = path(series, substeps, knobs.num_steps, i, knobs.grid)
-        at_t = knobs.grid.at(index[0])
+        points = knobs.grid.at(index)
+        at_t = points.at(0)
         cond = {**cond, "w": draws.strengths(key_w, knobs)}
 
         z = diffusion.diffuse(x, draws.normal_like(key_eps, x), at_t.alpha, at_t.sigma)
         x_tilde = target(apply["teacher"], z, cond, index, knobs.grid)
         x_mse = diffusion.mean_square(apply["student"](z, at_t.logsnr, cond).x - x_tilde)
-        return diffusion.loss_weight_x(weighting, at_t.alpha, at_t.sigma) * x_mse, {"x_mse": x_mse}
+        if weighting == "landing":
+            omega = landing_weights(index, points)
+        else:
+            omega = diffusion.loss_weight_x(weighting, at_t.alpha, at_t.sigma)
+        return omega * x_mse, {"x_mse": x_mse}
 
     return objective
