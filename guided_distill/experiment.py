@@ -69,7 +69,7 @@ class Stage2Config(Training):
     `final_num_steps` train for `final_updates`. `series` names what is trained: students of the deterministic ("det")
     and the stochastic sampler ("sto"), an encoder ("encode"), the two-student baseline ("two"), students by groups of
     steps ("tract"), and one student for all numbers of steps ("consistency"), trained for as long as that of one step;
-    the last two are taught by their own moving average, of decay `self_ema`. `weighting` is that of the rounds, None:
+    the last two are taught by their own moving average, of decay `self_ema`. `weighting` is that of stage two, None:
     the experiment's; "landing" (series "det") measures x_hat against the noise that a step lands in.
     """
 

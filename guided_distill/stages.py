@@ -214,7 +214,7 @@ def _consistency(experiment, stage1):
         stage1,
         name="stage2_consistency",
         objective=within_range(
-            make_consistency(weighting=experiment.weighting, num_times=config.teacher_steps),
+            make_consistency(weighting=config.weighting or experiment.weighting, num_times=config.teacher_steps),
             bound(experiment, stage1.model),
         ),
         training=dataclasses.replace(config, updates=config.updates_of(1), ema=config.self_ema),

@@ -116,9 +116,9 @@ def test_of_two_students_only_what_they_make_together_is_held(w):
     assert loss(*lies_at(2.0), 1.0) < 1e-6 < loss(*lies_at(2.0), None)
 
 
-def costs_of_overshooting(clip, series, outside=None):
+def costs_of_overshooting(clip, series, outside=None, **values):
     """{stage: loss} of students that say 1.5 where their teacher says 1, of the stages that learn from another."""
-    values = {"clip_targets": clip, "stage2.series": series, "stage1.single_w": (2.0,)}
+    values |= {"clip_targets": clip, "stage2.series": series, "stage1.single_w": (2.0,)}
     stages = make_stages(from_config(quick_config(**values)), outside)
     apply = {"student": says(1.5), "teacher": says(1.0), "target_ema": says(1.5)}
 

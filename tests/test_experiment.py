@@ -68,6 +68,7 @@ def test_cifar10_is_there_in_small_sizes(size, least, most):
         ("parameterisation", "w", "config.parameterisation is 'w'; it must be one of x, eps, v"),
         ("weighting", "none", "config.weighting is 'none'; it must be one of"),
         ("model.remat_policy", "all", "config.model.remat_policy is 'all'; it must be one of nothing, products"),
+        ("stage2.weighting", "none", "config.stage2.weighting is 'none'; it must be one of .*, landing"),
         ("stage2.teacher_steps", 48, "config.stage2.teacher_steps is 48; it must be a power of 2"),
         ("evaluate.w", (0.0, 5.0), r"config.evaluate.w holds 5.0, outside the trained range \[0.0, 4.0\]"),
         ("evaluate.num_steps", (3,), "config.evaluate.num_steps holds 3; students are trained for 2, 1"),
@@ -89,6 +90,13 @@ def test_a_wrong_value_gets_one_line_that_names_its_key(key, value, says):
     with pytest.raises(UserError, match=says) as error:
         from_config(config)
     assert "\n" not in str(error.value)
+
+
+def test_the_weights_of_where_a_step_lands_are_of_the_deterministic_series_alone():
+    config = tiny_config()
+    config["stage2"]["weighting"], config["stage2"]["series"] = "landing", ("det", "sto")
+    with pytest.raises(UserError, match="config.stage2.weighting is 'landing', for the series 'det' alone; 'sto' is"):
+        from_config(config)
 
 
 def test_a_missing_key_is_named():

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from test_clipping import costs_of_overshooting
 from tiny import quick_config
 
 from guided_distill import pipeline, sample, transfer
@@ -88,6 +89,19 @@ def test_a_round_may_skip_halvings():
 
 
 @pytest.mark.slow
+def test_stage_two_weighs_errors_in_its_own_way_or_as_all_stages_do():
+    series = ("det", "two", "tract", "consistency")
+    own, all_so, default = (
+        costs_of_overshooting(False, series, **values)
+        for values in ({"stage2.weighting": "constant"}, {"weighting": "constant"}, {})
+    )
+    for name, cost in own.items():
+        same, other = (all_so, default) if name.startswith("stage2") else (default, all_so)
+        assert cost == same[name] != other[name], name
+    landing = costs_of_overshooting(False, ("det",), **{"stage2.weighting": "landing"})["stage2_det_0001"]
+    assert landing not in (own["stage2_det_0001"], default["stage2_det_0001"])
+
+
 def test_every_series_is_trained_and_measured_and_the_encoder_transfers(tmp_path):
     config = quick_config(**ALL)
     summary = pipeline.run(config, tmp_path)

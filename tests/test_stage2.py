@@ -353,6 +353,34 @@ def test_a_clipped_target_keeps_to_the_range_and_an_unclipped_one_does_not(name)
     assert kept.max() < 1e-3 < left.mean() / 100
 
 
+# How errors count
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("substeps", [2, 4])
+def test_an_error_is_measured_in_the_noise_that_its_step_lands_in(substeps, schedule):
+    error, exact = 0.1, 0.3
+    grid = diffusion.make_grid(schedule, 16)
+    objective = make_stage2(weighting="landing", substeps=substeps)
+
+    def says(x, z, logsnr, cond):  # the same at every time, so that it is the target of any number of steps
+        alpha, sigma = (diffusion.expand(each, z) for each in schedule.alpha_sigma(logsnr))
+        return diffusion.Prediction(jnp.full_like(z, x), (z - alpha * x) / sigma)
+
+    @jax.jit
+    def losses(batch, knobs, keys):
+        apply = {name: functools.partial(says, x) for name, x in (("student", exact + error), ("teacher", exact))}
+        return objective(apply, schedule, batch, knobs, keys)[0]
+
+    for num_steps in (1, 2, 4):
+        stride, i = 16 // (substeps * num_steps), 1 + KEYS % num_steps
+        t, s = grid.at(stride * substeps * i), grid.at(stride * np.where(i == 1, 1, substeps * (i - 1)))
+        # Where steps from one z of x_hat, and of x_hat with the error, land, in units of the noise there.
+        lands = [s.alpha * x + s.sigma * (0.7 - t.alpha * x) / t.sigma for x in (exact, exact + error)]
+        loss = losses(make_batch(B), make_knobs(schedule, num_steps), KEYS)
+        np.testing.assert_allclose(loss, ((lands[1] - lands[0]) / s.sigma) ** 2, rtol=2e-3)
+
+
 # What cannot be made
 
 
@@ -362,8 +390,9 @@ def test_a_clipped_target_keeps_to_the_range_and_an_unclipped_one_does_not(name)
         ({"series": "encode"}, "series is 'encode'; it must be one of det, sto"),
         ({"substeps": 1}, "substeps is 1; the teacher takes at least 2"),
         ({"series": "sto", "substeps": 4}, "substeps is 4; the stochastic series halves"),
+        ({"series": "sto", "weighting": "landing"}, "weighting is 'landing'; the stochastic series jumps"),
     ],
 )
 def test_lessons_that_do_not_exist_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        make_stage2(weighting="snr_trunc", **options)
+        make_stage2(**{"weighting": "snr_trunc", **options})

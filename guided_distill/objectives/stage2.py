@@ -61,27 +61,27 @@ def target(teacher, z, cond, index, grid):
 
 
 def landing_weights(index, points):
-    """omega [B] of a step of x_hat from t to s, (sqrt(SNR_s) - sqrt(SNR_t))^2: its error in units of the noise it meets.
+    """omega [B] of a step from t to s, (kappa(s|t) / sigma_s)^2: what it makes of an error, beside the noise it meets.
 
-    What a DDIM step makes of an error e of x_hat is (alpha_s - sigma_s alpha_t / sigma_t) e in z_s, beside noise of
-    sigma_s. At t = 0 there is none to meet: of a step that ends there the last point that its teacher goes through
-    before stands for s. `index` and `points` as for `path_weights`; the last but one of a path is above t = 0.
+    A DDIM step turns an error e of x_hat into kappa(s|t) e of z_s, (5), which has noise of sigma_s. At t = 0 there is
+    none: of a step that ends there the last point that its teacher goes through before stands for s, so that omega
+    grows with the square of their number. `index` and `points` as for `path_weights`; a path ends on t = 0 once.
     """
-    root = jnp.exp(0.5 * points.logsnr)
-    return (jnp.where(index[-1] == 0, root[-2], root[-1]) - root[0]) ** 2
+    ends = jax.tree.map(lambda table: jnp.where(index[-1] == 0, table[-2], table[-1]), points)
+    return (diffusion.kappa(ends, points.at(0)) / ends.sigma) ** 2
 
 
 def make_stage2(*, weighting, series="det", substeps=2):
-    """omega(logsnr_t) || x_student(z_t, c, w) - x_tilde ||^2 at t = i/N, i ~ U{1 .. N} (algorithm 2).
+    """omega || x_student(z_t, c, w) - x_tilde ||^2 at t = i/N, i ~ U{1 .. N} (algorithm 2).
 
     x_tilde, (6), puts one DDIM step of the student where its teacher's steps end, at t = 0 the last prediction itself:
 
     "det": `substeps` steps of 1/(substeps N), from t to t - 1/N.
     "sto": two steps of 1/N, from t to t - 2/N, and from t = 1/N the one step to 0 (section 3.3).
 
-    N = knobs.num_steps is traced, and substeps * N divides the grid. The loss is taken in x, in float32. For
-    `weighting` "landing" omega is `landing_weights`. Raises ValueError for a series that does not exist, fewer than two
-    steps, and a stochastic one of any number but two or weighted by where it lands.
+    N = knobs.num_steps is traced, and substeps * N divides the grid. The loss is taken in x, in float32; omega
+    is of logsnr_t, or for `weighting` "landing" `landing_weights`. Raises ValueError for a series that does not exist,
+    fewer than two steps, and a stochastic one of any number but two or weighted by where it lands.
     """
     if series not in _TEACHER_STEP:
         raise ValueError(f"series is {series!r}; it must be one of {', '.join(_TEACHER_STEP)}")
