@@ -88,7 +88,6 @@ def test_a_round_may_skip_halvings():
     assert [(stage.name, stage.num_steps, stage.teacher_calls) for stage in stages[2:]] == [("stage2_det_0001", 1, 4)]
 
 
-@pytest.mark.slow
 def test_stage_two_weighs_errors_in_its_own_way_or_as_all_stages_do():
     series = ("det", "two", "tract", "consistency")
     own, all_so, default = (
@@ -102,6 +101,7 @@ def test_stage_two_weighs_errors_in_its_own_way_or_as_all_stages_do():
     assert landing not in (own["stage2_det_0001"], default["stage2_det_0001"])
 
 
+@pytest.mark.slow
 def test_every_series_is_trained_and_measured_and_the_encoder_transfers(tmp_path):
     config = quick_config(**ALL)
     summary = pipeline.run(config, tmp_path)
