@@ -120,10 +120,11 @@ def _make_look(student, teacher, series, substeps, within, mesh):
         size = x.shape[0]
         eps = samplers.initial_noise(samplers.image_keys(0, jnp.arange(size)), x.shape[1:])
         index = stage2.path(series, substeps, num_steps, jnp.full(size, i), grid)
-        at_t = grid.at(index[0])
+        points = grid.at(index)
+        at_t = points.at(0)
         cond = {**draws.split_batch(batch)[1], "w": jnp.full(size, w)}
         z = diffusion.diffuse(x, eps, at_t.alpha, at_t.sigma)
-        x_tilde = stage2.target(teacher.denoiser(sharding.gathered(mesh, teacher_params)), z, cond, index, grid)
+        x_tilde = stage2.target(teacher.denoiser(sharding.gathered(mesh, teacher_params)), z, cond, index, points)
         x_hat = student.denoiser(sharding.gathered(mesh, params))(z, at_t.logsnr, cond).x
         sampled = x_hat if within is None else jnp.clip(x_hat, -within, within)
         values = {

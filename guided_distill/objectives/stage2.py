@@ -53,9 +53,8 @@ def path(series, substeps, num_steps, i, grid):
     return stride * jnp.maximum(substeps * i[None] - travelled, 0)
 
 
-def target(teacher, z, cond, index, grid):
-    """x_tilde [B, *S], (6), of a teacher's DDIM steps from z through the grid's points `index`, see `path`."""
-    points = grid.at(index)
+def target(teacher, z, cond, index, points):
+    """x_tilde [B, *S], (6), of a teacher's DDIM steps from z through the grid's `points` at `index`, see `path`."""
     x_hats = teacher_steps(teacher, z, cond, points).x
     return jax.lax.stop_gradient(diffusion.composite_target(x_hats, path_weights(index, points)))
 
@@ -102,7 +101,7 @@ def make_stage2(*, weighting, series="det", substeps=2):
         cond = {**cond, "w": draws.strengths(key_w, knobs)}
 
         z = diffusion.diffuse(x, draws.normal_like(key_eps, x), at_t.alpha, at_t.sigma)
-        x_tilde = target(apply["teacher"], z, cond, index, knobs.grid)
+        x_tilde = target(apply["teacher"], z, cond, index, points)
         x_mse = diffusion.mean_square(apply["student"](z, at_t.logsnr, cond).x - x_tilde)
         if weighting == "landing":
             omega = landing_weights(index, points)
