@@ -29,7 +29,7 @@ def get_config():
     config.teacher.cond_dropout = 0.3
     config.teacher.num_times = config.stage2.get_ref("teacher_steps")  # the times it is sampled at
     config.stage1.update(
-        updates=12_000, batch_size=8, learning_rate=7e-4, warmup=100, decay="linear", ema=0.99, w_max=8.0, w_margin=0.1
+        updates=12_000, batch_size=8, learning_rate=7e-4, warmup=100, decay="linear", ema=0.99, w_max=8.0, w_margin=0.5
     )
     # Straight to four steps, one round in place of two. "landing": no later call mends the errors of the last, and no
     # noise hides them.
