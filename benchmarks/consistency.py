@@ -13,6 +13,7 @@ import argparse
 import pathlib
 import statistics
 
+from benchmarks import plain_errors
 from benchmarks.rounds import spread
 from configs import digits
 from guided_distill import pipeline
@@ -80,11 +81,12 @@ def main():
     parser.add_argument("--from", dest="source", type=pathlib.Path, default=pathlib.Path("runs/digits"))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/consistency"))
     args = parser.parse_args()
-    found = {
-        (way, share): [measured(way, share, seed, args.source, args.out) for seed in args.seeds]
-        for share in args.shares
-        for way in WAYS
-    }
+    with plain_errors():
+        found = {
+            (way, share): [measured(way, share, seed, args.source, args.out) for seed in args.seeds]
+            for share in args.shares
+            for way in WAYS
+        }
     config = digits.get_config()
     whole = cost_of(make_stages(from_config(config.to_dict())), 1)
     print(f"frechet_classifier, mean (standard deviation) over the seeds {args.seeds}; cost of 1: {whole:.3g} passes")

@@ -9,7 +9,6 @@ bound is missed. The teacher is a closed form, so nothing here is the fault of a
 """
 
 import argparse
-import json
 import pathlib
 import sys
 
@@ -17,7 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import plain_errors
 from guided_distill import analytic, diffusion, generate, pictures, plots, workdir
+from guided_distill.errors import UserError
+from guided_distill.files import read_json
 from guided_distill.samplers import image_keys, initial_noise, predict
 
 BOUNDS = {0.0: 0.05, 0.3: 0.05, 1.0: 0.05, 2.0: 0.05, 4.0: 0.10}  # of the one-step student, by w
@@ -134,13 +136,22 @@ def _trajectories(run, w):
     return plots.trajectories(paths, np.asarray(cond["label"]), title=title)
 
 
+def run_of(directory):
+    """The run in a workdir. Raises UserError where there is none."""
+    path = directory / "config.json"
+    if not path.exists():
+        raise UserError(f"{path} is not there: {directory} is no run of configs/mixture2d.py; train it first")
+    return workdir.open_run(read_json(path), directory, create=False)
+
+
 def main():
     """Prints every error and draws the pictures beside the run's own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=pathlib.Path)
     args = parser.parse_args()
-    run = workdir.open_run(json.loads((args.workdir / "config.json").read_text()), args.workdir, create=False)
-    found = measure(run)
+    with plain_errors():
+        run = run_of(args.workdir)
+        found = measure(run)
     draw(run, found, args.workdir)
     missed = 0
     for w, bound in BOUNDS.items():

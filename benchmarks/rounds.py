@@ -12,6 +12,7 @@ import json
 import pathlib
 import statistics
 
+from benchmarks import plain_errors
 from configs import rounds as ways_of_rounds
 from guided_distill import metrics, pipeline, rounds
 from guided_distill.workdir import open_run
@@ -59,7 +60,8 @@ def main():
     parser.add_argument("--from", dest="source", type=pathlib.Path, default=pathlib.Path("runs/digits"))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/rounds"))
     args = parser.parse_args()
-    found = {way: [figures(way, seed, args.source, args.out) for seed in args.seeds] for way in args.ways}
+    with plain_errors():
+        found = {way: [figures(way, seed, args.source, args.out) for seed in args.seeds] for way in args.ways}
     whole = statistics.mean(cost for cost, _ in found[args.ways[0]])
     print(f"one step; mean (standard deviation) over the seeds {args.seeds}; cost as a share of {args.ways[0]}")
     print("| way | cost | w | frechet_classifier | distance to the reference |")
