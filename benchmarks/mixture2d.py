@@ -137,11 +137,13 @@ def _trajectories(run, w):
 
 
 def run_of(directory):
-    """The run in a workdir. Raises UserError where there is none."""
+    """The finished run of configs/mixture2d.py in a workdir. Raises UserError where there is none."""
     path = directory / "config.json"
-    if not path.exists():
-        raise UserError(f"{path} is not there: {directory} is no run of configs/mixture2d.py; train it first")
-    return workdir.open_run(read_json(path), directory, create=False)
+    run = workdir.open_run(read_json(path), directory, create=False) if path.exists() else None
+    if run is None or run.outside is None:
+        raise UserError(f"{directory} is no run of configs/mixture2d.py; train it first")
+    run.require_finished()
+    return run
 
 
 def main():
@@ -152,7 +154,7 @@ def main():
     with plain_errors():
         run = run_of(args.workdir)
         found = measure(run)
-    draw(run, found, args.workdir)
+        draw(run, found, args.workdir)
     missed = 0
     for w, bound in BOUNDS.items():
         if (w, 1) in found:

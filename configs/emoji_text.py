@@ -28,7 +28,7 @@ def get_config():
     config.teacher.update(updates=3500, batch_size=16, learning_rate=1e-3, warmup=100, decay="linear", ema=0.999)
     config.teacher.cond_dropout = 0.3
     config.teacher.num_times = config.stage2.get_ref("teacher_steps")  # the times it is sampled at
-    # The ends of the range are learnt worst: a wide margin draws half of all w there.
+    # The ends of the range are learnt worst: a wide margin draws half of all w there, in stage two as well.
     config.stage1.update(
         updates=12_000, batch_size=8, learning_rate=7e-4, warmup=100, decay="linear", ema=0.99, w_max=8.0, w_margin=0.5
     )

@@ -71,25 +71,26 @@ def landing_weights(index, points):
 
 
 def draw_uniform(keys, weighting, num_steps, grid):
-    """i ~ U{1 .. N}, omega(logsnr_t) at t = i/N, [B] both, and that each example counts once."""
+    """For keys [B]: i ~ U{1 .. N}, omega(logsnr_t) at t = i/N, both [B], and 1.0, what each example counts."""
     i = draws.randint(keys, 1, num_steps + 1)
     at_t = grid.at(grid.num_intervals // num_steps * i)
     return i, diffusion.loss_weight_x(weighting, at_t.alpha, at_t.sigma), 1.0
 
 
 def draw_landing(keys, substeps, num_steps, grid):
-    """i in {1 .. N}, `landing_weights` at t = i/N, and how many times each example counts, all [B].
+    """For keys [B]: i in {1 .. N}, `landing_weights` at t = i/N, and what each example counts, all [B].
 
-    Half of the examples are drawn uniformly and half as omega is, and each counts 1 / (N p(i)): the same loss on
-    average, with none of its terms above twice that. Uniform draws would spend three calls in four on a few hundredths
-    of the loss.
+    Importance sampling: i is drawn half uniformly and half in proportion to omega, p(i) = (1/N + omega_i / sum omega)
+    / 2, and counts 1 / (N p(i)). The loss is the same on average, and no example weighs more than twice the mean of
+    omega; of uniform draws one might be most of a batch's loss.
     """
+    # N is traced: the table holds as many steps as there can be, and those beyond N are never drawn.
     i = jnp.arange(1, grid.num_intervals // substeps + 1)
     index = path("det", substeps, num_steps, jnp.minimum(i, num_steps), grid)
     omega = jnp.where(i <= num_steps, landing_weights(index, grid.at(index)), 0.0)
     p = 0.5 * ((i <= num_steps) / num_steps + omega / omega.sum())
     place = jnp.searchsorted(jnp.cumsum(p), draws.uniform(keys), side="right")
-    place = jnp.minimum(place, num_steps - 1)
+    place = jnp.minimum(place, num_steps - 1)  # in float32 the sum may end a few roundings below what is drawn
     return i[place], omega[place], 1.0 / (num_steps * p[place])
 
 
@@ -102,9 +103,9 @@ def make_stage2(*, weighting, series="det", substeps=2):
     "sto": two steps of 1/N, from t to t - 2/N, and from t = 1/N the one step to 0 (section 3.3).
 
     N = knobs.num_steps is traced, and substeps * N divides the grid. The loss is taken in x, in float32; omega is of
-    logsnr_t, or for `weighting` "landing" of where the step lands, and then i is drawn by it (`draw_landing`). Raises
-    ValueError for a series that does not exist, fewer than two steps, and a stochastic one of any number but two or
-    weighted by where it lands.
+    logsnr_t, or for `weighting` "landing" of where the step lands, and then i is drawn half by it (`draw_landing`).
+    Raises ValueError for a series that does not exist, fewer than two steps, and a stochastic one of any number but two
+    or weighted by where it lands.
     """
     if series not in _TEACHER_STEP:
         raise ValueError(f"series is {series!r}; it must be one of {', '.join(_TEACHER_STEP)}")
@@ -119,9 +120,9 @@ def make_stage2(*, weighting, series="det", substeps=2):
         x, cond = draws.split_batch(batch)
         key_i, key_eps, key_w = draws.split_examples(keys, 3)
         if weighting == "landing":
-            i, omega, count = draw_landing(key_i, substeps, knobs.num_steps, knobs.grid)
+            i, omega, counts = draw_landing(key_i, substeps, knobs.num_steps, knobs.grid)
         else:
-            i, omega, count = draw_uniform(key_i, weighting, knobs.num_steps, knobs.grid)
+            i, omega, counts = draw_uniform(key_i, weighting, knobs.num_steps, knobs.grid)
         index = path(series, substeps, knobs.num_steps, i, knobs.grid)
         points = knobs.grid.at(index)
         at_t = points.at(0)
@@ -129,7 +130,8 @@ def make_stage2(*, weighting, series="det", substeps=2):
 
         z = diffusion.diffuse(x, draws.normal_like(key_eps, x), at_t.alpha, at_t.sigma)
         x_tilde = target(apply["teacher"], z, cond, index, points)
-        x_mse = count * diffusion.mean_square(apply["student"](z, at_t.logsnr, cond).x - x_tilde)
+        # Counted in x_mse too, so that its mean stays that over all i.
+        x_mse = counts * diffusion.mean_square(apply["student"](z, at_t.logsnr, cond).x - x_tilde)
         return omega * x_mse, {"x_mse": x_mse}
 
     return objective
