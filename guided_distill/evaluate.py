@@ -388,4 +388,5 @@ def _comparison(run, entries):
             if w in entry.strengths(config)
         ]
         groups.append((f"w = {w:g}", rows))
-    return pictures.comparison(groups, f"{run.experiment.data.name}: the same noise and label down each column")
+    asked = "caption" if run.experiment.data.text_length else "label"
+    return pictures.comparison(groups, f"{run.experiment.data.name}: the same noise and {asked} down each column")
