@@ -5,8 +5,7 @@ BIN := .venv/bin
 # The one rule about versions: on Python 3.11, where constraints.txt was made, exactly those versions are installed;
 # on any later Python the newest ones within the ranges of setup.py.
 CONSTRAIN = $$($(BIN)/python -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
-# Not compiled beforehand: Python compiles what is imported when it first is, a small part of it all.
-INSTALL = $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check $(CONSTRAIN)
+INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(CONSTRAIN)
 
 PARITY_TESTS := $(wildcard tests/parity/test_*.py)
 SLOW_TESTS := $(shell grep -ls 'mark\.slow' tests/test_*.py)
