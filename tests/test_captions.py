@@ -5,20 +5,23 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain_features
 import pytest
 from captioned import captioned_config
 from latent_run import drawn_like
+from small_clip import write_clip
 
-from guided_distill import data, sample
+from guided_distill import data, evaluate, pictures, sample
 from guided_distill.data import load_dataset, make_batches, read_range, read_tokens
 from guided_distill.errors import UserError
 from guided_distill.evaluation import captions
+from guided_distill.evaluation.clip_scores import make_scorer
 from guided_distill.experiment import from_config
 from guided_distill.guidance import null_caption
 from guided_distill.sharding import place
 from guided_distill.teachers import initial_params, make_model, shapes_of
 from guided_distill.text import end_of_text, hashed_words
-from guided_distill.workdir import Run
+from guided_distill.workdir import Run, open_run
 
 EXPERIMENT = from_config(captioned_config())
 LENGTH, VOCABULARY = EXPERIMENT.data.text_length, EXPERIMENT.data.vocabulary
@@ -182,3 +185,23 @@ def test_pictures_are_drawn_of_captions(tmp_path, monkeypatch):
         sample.sample(captioned_config(), tmp_path, **told, labels=None, captions=["a b c d e f"], out=str(out))
     with pytest.raises(UserError, match="labels: 2 is outside"):
         sample.sample(captioned_config(), tmp_path, **told, labels=[2], captions=["a", "b"], out=str(out))
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_captions_scores_each_picture_with_its_own(tmp_path, monkeypatch):
+    plain_features.use(monkeypatch)
+    monkeypatch.setattr(Run, "params_of", lambda self, stage: place(self.mesh, drawn_like(shapes_of(stage.init))))
+    folder, file, titles = write_clip(tmp_path / "clip"), tmp_path / "captions.txt", []
+    file.write_text("a red square\na blue one\n")
+    blank = np.zeros((1, 1, 3), np.uint8)
+    monkeypatch.setattr(pictures, "comparison", lambda groups, title: titles.append(title) or blank)
+    named = {"evaluate.clip": str(folder), "evaluate.captions": str(file)}
+    run = open_run(captioned_config(**named), tmp_path / "run")
+    rows = evaluate.evaluate(run, mock.MagicMock())["rows"]
+    score = make_scorer(folder, ["a red square", "a blue one"], run.mesh)
+    teacher = rows[0]
+    x = np.load(tmp_path / "run" / "evaluation" / f"teacher_deterministic_{teacher['num_steps']:04d}_w0.images.npy")
+    own, swapped = (score(x, (np.arange(len(x)) + shift) % 2).mean() for shift in (0, 1))
+    assert teacher["metrics"]["clip_score"] == pytest.approx(own, abs=0.02) and abs(own - swapped) > 0.1
+    assert all(0.0 <= row["metrics"]["retrieval_efficientnet_lite0"] <= 1.0 for row in rows)
+    assert titles == ["captioned:squares: the same noise and caption down each column"]
