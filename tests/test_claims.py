@@ -1,11 +1,10 @@
 """The checker of the paper's claim must be able to fail, for every claim."""
 
 import copy
-import sys
 
 import pytest
 
-from benchmarks import claims, consistency, mixture2d, rounds
+from benchmarks import claims
 from guided_distill.errors import UserError
 from guided_distill.files import write_json
 
@@ -127,17 +126,3 @@ def test_what_is_no_evaluated_run_is_said(tmp_path):
     write_json(tmp_path / "summary.json", {"rows": students})
     with pytest.raises(UserError, match="no row that --bounds=cifar10 asks for"):
         claims.of_run(tmp_path, "cifar10")
-
-
-@pytest.mark.parametrize(
-    ("benchmark", "arguments"),
-    [(mixture2d, ["none"]), (rounds, ["--from=none"]), (consistency, ["--from=none"])],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_a_benchmark_of_a_run_that_is_not_there_says_so_in_a_line(benchmark, arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [benchmark.__name__, *arguments])
-    with pytest.raises(SystemExit) as ended:
-        benchmark.main()
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and "none" in said

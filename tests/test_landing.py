@@ -10,7 +10,7 @@ from test_objectives import COSINE, SCHEDULES, make_knobs
 
 from guided_distill import diffusion
 from guided_distill.objectives import draws, make_stage2
-from guided_distill.objectives.stage2 import draw_landing
+from guided_distill.objectives.stage2 import draw_landing, landing_weights, path
 
 KEYS = np.arange(2048)
 
@@ -57,6 +57,8 @@ def test_an_error_is_measured_in_the_noise_that_its_step_lands_in(substeps, sche
 
 def test_the_last_number_that_can_be_drawn_is_a_step(monkeypatch):
     monkeypatch.setattr(draws, "uniform", lambda keys: jnp.full(keys.shape, 1.0 - 2.0**-24))
+    grid = diffusion.make_grid(COSINE, 1024)
     for num_steps in (1, 2, 64, 256):
-        i, omega, counts = draw_landing(KEYS, 2, np.int32(num_steps), diffusion.make_grid(COSINE, 1024))
-        assert (i == num_steps).all() and np.isfinite(omega * counts).all()
+        i, counts = draw_landing(KEYS, 2, np.int32(num_steps), grid)
+        index = path("det", 2, num_steps, i, grid)
+        assert (i == num_steps).all() and np.isfinite(landing_weights(index, grid.at(index)) * counts).all()

@@ -70,15 +70,8 @@ def landing_weights(index, points):
     return (diffusion.kappa(ends, points.at(0)) / ends.sigma) ** 2
 
 
-def draw_uniform(keys, weighting, num_steps, grid):
-    """For keys [B]: i ~ U{1 .. N}, omega(logsnr_t) at t = i/N, both [B], and 1.0, what each example counts."""
-    i = draws.randint(keys, 1, num_steps + 1)
-    at_t = grid.at(grid.num_intervals // num_steps * i)
-    return i, diffusion.loss_weight_x(weighting, at_t.alpha, at_t.sigma), 1.0
-
-
 def draw_landing(keys, substeps, num_steps, grid):
-    """For keys [B]: i in {1 .. N}, `landing_weights` at t = i/N, and what each example counts, all [B].
+    """For keys [B]: i in {1 .. N}, drawn by the `landing_weights` omega_i at t = i/N, and what each counts, both [B].
 
     Importance sampling: i is drawn half uniformly and half in proportion to omega, p(i) = (1/N + omega_i / sum omega)
     / 2, and counts 1 / (N p(i)). The loss is the same on average, and no example weighs more than twice the mean of
@@ -91,7 +84,7 @@ def draw_landing(keys, substeps, num_steps, grid):
     p = 0.5 * ((i <= num_steps) / num_steps + omega / omega.sum())
     place = jnp.searchsorted(jnp.cumsum(p), draws.uniform(keys), side="right")
     place = jnp.minimum(place, num_steps - 1)  # in float32 the sum may end a few roundings below what is drawn
-    return i[place], omega[place], 1.0 / (num_steps * p[place])
+    return i[place], 1.0 / (num_steps * p[place])
 
 
 def make_stage2(*, weighting, series="det", substeps=2):
@@ -120,9 +113,9 @@ def make_stage2(*, weighting, series="det", substeps=2):
         x, cond = draws.split_batch(batch)
         key_i, key_eps, key_w = draws.split_examples(keys, 3)
         if weighting == "landing":
-            i, omega, counts = draw_landing(key_i, substeps, knobs.num_steps, knobs.grid)
+            i, counts = draw_landing(key_i, substeps, knobs.num_steps, knobs.grid)
         else:
-            i, omega, counts = draw_uniform(key_i, weighting, knobs.num_steps, knobs.grid)
+            i, counts = draws.randint(key_i, 1, knobs.num_steps + 1), 1.0
         index = path(series, substeps, knobs.num_steps, i, knobs.grid)
         points = knobs.grid.at(index)
         at_t = points.at(0)
@@ -132,6 +125,10 @@ def make_stage2(*, weighting, series="det", substeps=2):
         x_tilde = target(apply["teacher"], z, cond, index, points)
         # Counted in x_mse too, so that its mean stays that over all i.
         x_mse = counts * diffusion.mean_square(apply["student"](z, at_t.logsnr, cond).x - x_tilde)
+        if weighting == "landing":
+            omega = landing_weights(index, points)
+        else:
+            omega = diffusion.loss_weight_x(weighting, at_t.alpha, at_t.sigma)
         return omega * x_mse, {"x_mse": x_mse}
 
     return objective
