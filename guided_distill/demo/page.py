@@ -26,16 +26,19 @@ _ABOUT = """# {title}
 {num} pictures of one class, guidance strength w and seed, each from a noise of its own; w = 0 is no guidance.
 """
 # Gradio's page may take the stream of the server's answers for open while the server is closing it after another
-# drawing; what was asked for then never comes, and the page waits. The next question opens the stream: this asks one.
-# Who is seen waiting in the queue is being answered.
+# drawing; what was asked for then never comes, and the page waits. The next question opens the stream: this asks one
+# every three seconds for as long as the page waits. Who is seen waiting in the queue is being answered.
 _AWAIT_ANSWER = """() => {
-  const later = () => {
-    const waits = /queue: [0-9]/.test(document.querySelector('#status').innerText);
-    if (waits) window.askAgain = setTimeout(later, 3000);
-    else document.querySelector('#ask_again').click();
+  let looks = 2;  // one may fall between two drawings
+  const look = () => {
+    const status = document.querySelector('#status');
+    const waits = !status.querySelector('[data-testid=status-tracker]').classList.contains('hide');
+    if (waits && !/queue: [0-9]/.test(status.innerText)) document.querySelector('#ask_again').click();
+    looks = waits ? 2 : looks - 1;
+    if (!looks) clearInterval(window.askAgain);
   };
-  clearTimeout(window.askAgain);
-  window.askAgain = setTimeout(later, 3000);
+  clearInterval(window.askAgain);
+  window.askAgain = setInterval(look, 3000);
 }"""
 _QUEUE = f"One is drawn at a time; whoever else asks waits in a queue of at most {WAITING}, and sees the place here."
 
