@@ -37,6 +37,8 @@ def check(experiment):
     if stage1.w_margin < 0.0:
         raise UserError(f"config.stage1.w_margin is {stage1.w_margin}; it must be at least 0")
     for key, strengths in (("evaluate.w", experiment.evaluate.w), ("stage1.single_w", stage1.single_w)):
+        if len({f"{w:g}" for w in strengths}) < len(strengths):  # directories are named by them
+            raise UserError(f"config.{key} is {strengths}; name each w once, in six digits")
         for w in strengths:
             if not stage1.w_min <= w <= stage1.w_max:
                 raise UserError(f"config.{key} holds {w}, outside the trained range [{stage1.w_min}, {stage1.w_max}]")
@@ -58,8 +60,6 @@ def check(experiment):
         raise UserError(
             "config.to_v trains a teacher of this config; a teacher of a factory says what it predicts itself"
         )
-    if len({f"{w:g}" for w in stage1.single_w}) < len(stage1.single_w):
-        raise UserError(f"config.stage1.single_w is {stage1.single_w}; name each w once, in six digits")
     if "encode" in experiment.stage2.series:
         _check_encoder(experiment)
     if experiment.data.flip and experiment.data.shape and not experiment.data.name.startswith(latents.PREFIX):
@@ -150,6 +150,9 @@ def _check_at_least(experiment):
     for name in ("w", "num_steps", "features"):
         if not getattr(experiment.evaluate, name):
             raise UserError(f"config.evaluate.{name} is empty; name at least one value")
+    for name in ("num_steps", "features", "baselines"):
+        if len(set(values := getattr(experiment.evaluate, name))) < len(values):
+            raise UserError(f"config.evaluate.{name} is {values}; name each once")
 
 
 def _check_captions(experiment):

@@ -1,6 +1,10 @@
-"""The flags of the command line, and one line for each way of mistyping them."""
+"""The flags of the command line, and one line for each way of mistyping them.
+
+A flag that not every mode takes begins its help with the modes that do.
+"""
 
 import pathlib
+import re
 
 from absl import flags
 from ml_collections import config_flags
@@ -68,9 +72,9 @@ NETWORK = flags.DEFINE_string(
 SOURCE = flags.DEFINE_string(
     "source",
     None,
-    "import: a feature network's weights as published, those of an installed package by default; a latent model's "
-    "folder as diffusers writes it, or its single file. encode: what to make latents of, a prepared TFDS set or "
-    "folder:DIR of pictures with captions (.txt) or classes, as files or in webdataset shards (.tar).",
+    "import, encode: what to import, a feature network's weights as published, those of an installed package by "
+    "default; a latent model's folder as diffusers writes it, or its single file. What to make latents of, a prepared "
+    "TFDS set or folder:DIR of pictures with captions (.txt) or classes, as files or in webdataset shards (.tar).",
 )
 UNET = flags.DEFINE_string(
     "unet",
@@ -81,8 +85,8 @@ UNET = flags.DEFINE_string(
 OUT = flags.DEFINE_string(
     "out",
     None,
-    "sample: grid.png (samples.png by default), or samples.npz with x, label, index; export, import of a latent model: "
-    "a directory.",
+    "sample, export, import: of samples grid.png (samples.png by default), or samples.npz with x, label, index; of an "
+    "export or a latent model a directory.",
 )
 FORMATS = flags.DEFINE_list("formats", ["bundle"], "export: bundle, stablehlo, onnx, diffusers.")
 STAGES = flags.DEFINE_list(
@@ -98,12 +102,27 @@ def parse(argv):
         rest = flags.FLAGS(argv)
         if rest[1:]:
             raise UserError(f"unknown argument {rest[1]!r}; see --help")
+        _check_mode()
         if MODE.value != "import":
             _check_config()
     except (UserError, SystemExit):
         raise
     except Exception as error:
         raise UserError(_one_line(error, argv)) from error
+
+
+def _check_mode():
+    modes = {MODE.value, *(["plan"] if DRY_RUN.value else [])}
+    for name in flags.FLAGS:
+        takers = _modes_of(flags.FLAGS[name].help or "")
+        if flags.FLAGS[name].present and takers and not modes & set(takers):
+            raise UserError(f"--{name} is for --mode={' and --mode='.join(takers)}; give that mode, or drop it")
+
+
+def _modes_of(text):
+    """The modes that a flag's help begins with; [] where every mode takes it."""
+    words = re.match(r"([a-z_]+(?:, [a-z_]+)*): ", text)
+    return [word for word in words[1].split(", ") if word in _MODES] if words else []
 
 
 def _check_config():
@@ -119,7 +138,9 @@ def _one_line(error, argv):
         reason = reason.strip("\"'")
         about = [argument for argument in argv[1:] if f".{reason}" in argument.split("=")[0]]
         return f"{about[0] if about else reason}: no such key in the config"
-    return reason
+    named = [argument for argument in argv[1:] if argument.startswith("--config=")]
+    said = config_files.why_not(reason)
+    return reason if said == reason else f"{named[0] if named else '--config'}: {said}"
 
 
 def integers(flag, words):

@@ -42,8 +42,13 @@ def load(name):
     spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     try:
         return module.get_config(*filter(None, [variant]))
-    except (TypeError, ValueError) as error:  # of a config that has no variants, and of one that has others
-        raise UserError(f"--config={name}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--config={name}: {why_not(error)}") from error
+
+
+def why_not(error):
+    """What get_config says of a variant that is not there: a config that has others names them itself."""
+    return "it comes in no variants; leave out the colon" if "get_config() takes" in str(error) else str(error)
 
 
 def _let_import_from(folder):

@@ -189,6 +189,11 @@ class Experiment:
         return {"teacher": teacher, "stage1": self.stage1.checkpoint}.get(stage_name)
 
     @property
+    def weighting_of_rounds(self):
+        """That of stage two, which has its own where the config names one."""
+        return self.stage2.weighting or self.weighting
+
+    @property
     def batch_sizes(self):
         """{group of the config: batch size} of all stages there are, and of the evaluation."""
         groups = ["teacher", *["to_v"] * bool(self.to_v.updates), "stage1", "stage2", "evaluate"]

@@ -44,8 +44,6 @@ def _dispatch():
         raise UserError(f"--profile={flag.PROFILE.value}: must be a number of updates")
     workdir = flag.WORKDIR.value or flag.default_workdir()
     experiment = from_config(config)
-    if flag.SAMPLES.value is not None and flag.MODE.value != "evaluate":
-        raise UserError("--samples names what --mode=evaluate measures; give that mode, or drop it")
     if flag.MODE.value == "run":
         pipeline.run(config, workdir, trace_updates=flag.PROFILE.value)
     elif flag.MODE.value == "evaluate" and flag.SAMPLES.value is not None:

@@ -214,7 +214,7 @@ def _consistency(experiment, stage1):
         stage1,
         name="stage2_consistency",
         objective=within_range(
-            make_consistency(weighting=config.weighting or experiment.weighting, num_times=config.teacher_steps),
+            make_consistency(weighting=experiment.weighting_of_rounds, num_times=config.teacher_steps),
             bound(experiment, stage1.model),
         ),
         training=dataclasses.replace(config, updates=config.updates_of(1), ema=config.self_ema),
@@ -257,7 +257,7 @@ def _rounds(experiment, first, series):
                 name=f"encode_{num_steps:04d}" if series == "encode" else f"stage2_{series}{single}_{num_steps:04d}",
                 position=before.position + 1,
                 objective=_objective(
-                    config.weighting or experiment.weighting,
+                    experiment.weighting_of_rounds,
                     series,
                     substeps,
                     before.model.null_cond if series == "two" else None,

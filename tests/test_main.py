@@ -130,7 +130,8 @@ def test_the_default_workdir_is_runs_and_the_stem_of_the_config(finished, tmp_pa
 
 
 def test_dry_run_lists_the_stages_and_writes_nothing(tmp_path):
-    done = call_fork("--config=configs/digits.py", "--dry_run", f"--workdir={tmp_path / 'new'}")
+    # As the command that it tries, with what only that mode takes.
+    done = call_fork("--config=configs/digits.py", "--dry_run", "--profile=3", f"--workdir={tmp_path / 'new'}")
     assert done.returncode == 0, done.stderr
     assert "stage2_det_0001" in done.stdout and not (tmp_path / "new").exists()
 
@@ -145,6 +146,13 @@ def test_dry_run_lists_the_stages_and_writes_nothing(tmp_path):
         (["--config=configs/digits.py", "--mode=dance"], "dance"),
         (["--config=configs/digits.py", "--nosuchflag=1"], "nosuchflag"),
         (["--config=configs/digits.py", "extra"], "extra"),
+        (["--config=digits:large"], "--config=digits:large: it comes in no variants; leave out the colon"),
+        (["--config=cifar10_small:large"], "the sizes are gpu, cores"),
+        (["--config=configs/digits.py", "--num_steps=2"], "--num_steps is for --mode=sample; give that mode"),
+        (["--config=digits", "--mode=sample", "--target=x"], "--target is for --mode=transfer;"),
+        (["--config=digits", "--mode=sample", "--nocompile"], "--compile is for --mode=plan;"),
+        (["--config=digits", "--mode=evaluate", "--w=2"], "--w is for --mode=sample and --mode=transfer;"),
+        (["--mode=import", "--network=sd1", "--samples=x.npz"], "--samples is for --mode=evaluate;"),
         (["--config=configs/cifar10.py", "--config.data.data_dir=nowhere"], "nowhere"),
         (["--config=configs/digits.py", "--workdir=/proc/none"], "/proc/none"),
         (["--config=configs/digits.py", "--config.teacher.checkpoint=nowhere", "--workdir={new}"], "nowhere"),
