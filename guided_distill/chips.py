@@ -63,6 +63,11 @@ class Topology:
         """Whether programs for it can be compiled without it."""
         return self.kind.startswith("v")
 
+    @property
+    def platform(self):
+        """As JAX calls it."""
+        return "tpu" if self.is_tpu else "cpu" if self.kind == "cpu" else "gpu"
+
     def bytes_of(self, shape, itemsize):
         """Bytes of an array there. On a TPU a dimension, the one that costs least, is rounded up to 128 lanes."""
         size = math.prod(shape) * itemsize

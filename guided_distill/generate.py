@@ -23,7 +23,8 @@ def compiled(model, sampler, mesh):
         if z is None:
             z = samplers.initial_noise(keys, model.sample_shape, model.schedule.prior_std)
         denoiser = model.denoiser(sharding.gathered(mesh, params))
-        return sampler(denoiser, grid, z, cond, num_steps, keys, clip=model.data_range)
+        with sharding.visible(mesh):
+            return sampler(denoiser, grid, z, cond, num_steps, keys, clip=model.data_range)
 
     options = compilation.compiler_options(mesh)
     return jax.jit(sample, out_shardings=sharding.batched(mesh), compiler_options=options)
@@ -47,7 +48,8 @@ def compiled_edit(model, mesh):
         denoiser = model.denoiser(sharding.gathered(mesh, params))
         x, mask = (jnp.broadcast_to(value[None], eps.shape) for value in (x, mask))
         prior_std, clip = model.schedule.prior_std, model.data_range
-        return editing.edit(denoiser, grid, x, eps, cond, num_steps, start, mask, prior_std=prior_std, clip=clip)
+        with sharding.visible(mesh):
+            return editing.edit(denoiser, grid, x, eps, cond, num_steps, start, mask, prior_std=prior_std, clip=clip)
 
     options = compilation.compiler_options(mesh)
     return jax.jit(run, out_shardings=sharding.batched(mesh), compiler_options=options)

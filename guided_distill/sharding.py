@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from guided_distill import distributed
 from guided_distill.errors import UserError
+from guided_distill.models.attention import IMAGINED
 
 _AXES = ("data", "fsdp")
 SMALL = 2**14  # elements; sharing out less saves nothing and costs a collective
@@ -78,6 +79,19 @@ def _same(tree):  # one object, by which jit finds the program of an earlier cal
 def replicate(mesh, tree):
     """Puts a tree of host or device arrays on every device, whole."""
     return _put(tree, jax.tree.map(lambda _: replicated(mesh), tree))
+
+
+def visible(mesh):
+    """A context inside a program: networks see the mesh, whose kernels have to be told what one device's share is."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def imagined(platform):
+    """The same for one device of a platform, "tpu", "gpu" or "cpu", that programs are traced for and not run on."""
+    device = jax.sharding.AbstractDevice(device_kind=IMAGINED, num_cores=None, platform=platform)
+    types = (AxisType.Auto,) * len(_AXES)
+    mesh = jax.sharding.AbstractMesh((1,) * len(_AXES), _AXES, axis_types=types, abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def split(mesh, tree):

@@ -108,7 +108,8 @@ def flops_of_a_call(model, init):
     """
     row = jax.ShapeDtypeStruct((1,), jnp.float32)
     z = jax.ShapeDtypeStruct((1, *model.sample_shape), jnp.float32)
-    return costs.cost_of(model.model_fn, shapes_of(init), z, row, model.cond_shapes(1)).flops / model.members
+    with sharding.imagined("cpu"):
+        return costs.cost_of(model.model_fn, shapes_of(init), z, row, model.cond_shapes(1)).flops / model.members
 
 
 def load_teacher(path):

@@ -37,7 +37,8 @@ def _named_losses(objective, student, teacher, mesh):
             apply["teacher"] = teacher.denoiser(sharding.gathered(mesh, frozen["teacher"]))
         if ema is not None:
             apply["target_ema"] = network(ema)
-        return objective(apply, student.schedule, batch, knobs, keys)
+        with sharding.visible(mesh):
+            return objective(apply, student.schedule, batch, knobs, keys)
 
     return named_losses
 

@@ -12,7 +12,6 @@ from flax import traverse_util
 from guided_distill import sharding
 from guided_distill.diffusion import DiscreteBetas
 from guided_distill.models import make_model_fn
-from guided_distill.models.attention import Attention, implementation
 from guided_distill.models.embeddings import sinusoid
 from guided_distill.models.sd_unet import SD_UNETS, SDUNet, SDUNetConfig, time_sinusoid, timestep
 
@@ -227,26 +226,3 @@ def test_linear_projections_are_the_pointwise_convolutions():
     }
     got = compiled(linear)(traverse_util.unflatten_dict(flat, sep="/"), Z, LOGSNR, TEXT)
     np.testing.assert_allclose(got, compiled(TINY)(params, Z, LOGSNR, TEXT), rtol=1e-4, atol=1e-5)
-
-
-# Attention
-
-
-def test_attention_is_softmax_of_scaled_products_by_heads():
-    rng = np.random.default_rng(0)
-    x, context = rng.normal(size=(2, 3, 8)).astype(np.float32), rng.normal(size=(2, 5, 6)).astype(np.float32)
-    module = Attention(2, jnp.float32, bias=True)
-    params = trained(jax.eval_shape(module.init, jax.random.key(0), x, context)["params"])
-    q, k, v = (h @ params[n]["kernel"] + params[n]["bias"] for n, h in (("q", x), ("k", context), ("v", context)))
-    heads = []
-    for own in (slice(0, 4), slice(4, 8)):
-        weights = np.exp(np.einsum("btd,bsd->bts", q[..., own], k[..., own]) / 2.0)
-        heads.append(weights / weights.sum(-1, keepdims=True) @ v[..., own])
-    expected = np.concatenate(heads, -1) @ params["out"]["kernel"] + params["out"]["bias"]
-    np.testing.assert_allclose(module.apply({"params": params}, x, context), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_flash_attention_is_asked_for_only_where_every_gpu_has_it():
-    assert implementation("bfloat16", 40, "gpu") == "cudnn"
-    others = [("float32", 40, "gpu"), ("bfloat16", 160, "gpu"), ("bfloat16", 36, "gpu"), ("bfloat16", 40, "tpu")]
-    assert [implementation(*other) for other in others] == [None] * 4

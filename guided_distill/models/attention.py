@@ -1,8 +1,19 @@
-"""Multi-head attention through `jax.nn.dot_product_attention`: cuDNN's where it is known to do, XLA's elsewhere."""
+"""Multi-head attention: cuDNN's on GPUs and JAX's splash kernel on TPUs where they are known to do, else XLA's own."""
+
+import functools
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+IMAGINED = "imagined"  # the device_kind of `sharding.imagined`: nothing is computed on it
+_BLOCK = 512  # tokens that the kernel holds at a time, of queries as of keys
+_LANES = 128  # of a TPU: what a block is a multiple of
+# Above so many scores of a head XLA keeps all of them in memory: 1.4 GiB for two images of 4,096 tokens and eight heads
+# on a v5e, where the kernel takes 128 MiB. Of fewer there is little to save, and XLA's own is left to fuse them.
+_MANY_SCORES = 4096**2
 
 
 class Attention(nn.Module):
@@ -32,11 +43,78 @@ class Attention(nn.Module):
 
 def attend(q, k, v, *, causal=False):
     """softmax(q k^T / sqrt(d)) v for q [B, T, heads, d], k and v [B, L, heads, d]."""
-    how = implementation(q.dtype, q.shape[-1], jax.default_backend())
+    mesh = jax.sharding.get_abstract_mesh()  # that of `sharding.visible`
+    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    how = implementation(q.dtype, q.shape[-1], platform)
+    if how == "splash" and (causal or mesh.empty or q.shape[0] % mesh.size or not are_many(q.shape[1], k.shape[1])):
+        how = None
+    if how and not mesh.empty and mesh.abstract_device.device_kind == IMAGINED:
+        return _counted(q, k, v)
+    if how == "splash":
+        return by_splash(q, k, v, mesh)
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=how)
 
 
 def implementation(dtype, head_dim, platform):
-    """cuDNN's flash attention for the shapes that every GPU it runs on takes; None, which is XLA's, for all others."""
-    flash = platform == "gpu" and jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0 and head_dim <= 128
-    return "cudnn" if flash else None
+    """Whose flash attention there is for it, for the shapes that every such device takes; None: XLA's own for all."""
+    if jnp.dtype(dtype).itemsize != 2:
+        return None
+    if platform == "gpu" and head_dim % 8 == 0 and head_dim <= 128:
+        return "cudnn"
+    return "splash" if platform == "tpu" else None
+
+
+def are_many(queries, keys):
+    """Whether so many tokens, in whole blocks of the kernel, are worth it."""
+    return queries % _LANES == 0 == keys % _LANES and queries * keys >= _MANY_SCORES
+
+
+def by_splash(q, k, v, mesh, interpret=False):
+    """`attend` by the kernel on each device of `mesh` for its own rows; `interpret` runs it where there is no TPU."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # costs a start that has no TPU
+
+    rows = PartitionSpec(mesh.axis_names)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    def own_rows(q, k, v):
+        (_, queries, heads, head_dim), keys = q.shape, k.shape[1]
+        of_queries, of_keys = math.gcd(queries, _BLOCK), math.gcd(keys, _BLOCK)
+        forward = {"block_q": of_queries, "block_kv": of_keys, "block_kv_compute": of_keys}
+        backward = {"block_q_dkv": of_queries, "block_kv_dkv": of_keys, "block_kv_dkv_compute": of_keys}
+        blocks = splash.BlockSizes(**forward, **backward, use_fused_bwd_kernel=True)
+        mask = splash.MultiHeadMask([splash.FullMask((queries, keys))] * heads)
+        kernel = splash.make_splash_mha_single_device(mask, block_sizes=blocks, interpret=interpret)
+        q, k, v = (jnp.swapaxes(h, 1, 2) for h in (q * head_dim**-0.5, k, v))
+        return jnp.swapaxes(jax.vmap(kernel)(q, k, v), 1, 2)
+
+    return own_rows(q, k, v)
+
+
+# What `costs` counts in the place of a kernel, by these names: what such kernels read, write and keep, but no scores.
+
+
+@jax.custom_vjp
+def _counted(q, k, v):
+    return flash_attention(q, k, v)[0]
+
+
+@jax.jit
+def flash_attention(q, k, v):
+    """(the attention, float32 [B, T, heads] in place of each query's sum of exponentials)."""
+    h = jax.nn.dot_product_attention(q, k, v)
+    return h, h.astype(jnp.float32).sum(-1)
+
+
+@jax.jit
+def flash_attention_gradient(q, k, v, h, sums, g):
+    """The gradients of q, k and v for that of h, of which the scores are made again."""
+    gradients = jax.vjp(jax.nn.dot_product_attention, q, k, v)[1](g)
+    return gradients[0] + h * sums[..., None].astype(h.dtype), *gradients[1:]
+
+
+def _counted_forward(q, k, v):
+    h, sums = flash_attention(q, k, v)
+    return h, (q, k, v, h, sums)
+
+
+_counted.defvjp(_counted_forward, lambda kept, g: flash_attention_gradient(*kept, g))

@@ -165,7 +165,8 @@ def _network_costs(stage, params, batch, place, known):
             return denoiser(z, logsnr, cond, dropout_key=key if dropout else None).x
 
         arguments = (*_arguments(model, batch), jax.eval_shape(lambda: jax.random.key(0)))
-        known[key] = costs.costs_with_gradient(predict, params, *arguments, bytes_of=place.topology.bytes_of)
+        with sharding.imagined(place.topology.platform):
+            known[key] = costs.costs_with_gradient(predict, params, *arguments, bytes_of=place.topology.bytes_of)
     return known[key]
 
 
@@ -182,7 +183,9 @@ def _guided_cost(stage, batch, place, known):
         def guided(params, z, logsnr, cond):
             return teacher.denoiser(params)(z, logsnr, cond)
 
-        known[key] = costs.cost_of(guided, params, *_arguments(teacher, batch), bytes_of=place.topology.bytes_of)
+        arguments = params, *_arguments(teacher, batch)
+        with sharding.imagined(place.topology.platform):
+            known[key] = costs.cost_of(guided, *arguments, bytes_of=place.topology.bytes_of)
     return known[key]
 
 
