@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 IMAGINED = "imagined"  # the device_kind of `sharding.imagined`: nothing is computed on it
-_BLOCK = 512  # tokens that the kernel holds at a time, of queries as of keys
-_LANES = 128  # of a TPU: what a block is a multiple of
-# Above so many scores of a head XLA keeps all of them in memory: 1.4 GiB for two images of 4,096 tokens and eight heads
-# on a v5e, where the kernel takes 128 MiB. Of fewer there is little to save, and XLA's own is left to fuse them.
+_LANES = 128  # of a TPU: what a block of tokens is a multiple of
+_WIDEST = 512  # channels of a head for which the kernel has been compiled
+# From so many scores of a head on XLA keeps all of them in memory, as float32. Of fewer there is less to save, and
+# XLA's own attention is left to fuse them.
 _MANY_SCORES = 4096**2
 
 
@@ -61,12 +61,20 @@ def implementation(dtype, head_dim, platform):
         return None
     if platform == "gpu" and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
-    return "splash" if platform == "tpu" else None
+    return "splash" if platform == "tpu" and head_dim <= _WIDEST else None
 
 
 def are_many(queries, keys):
     """Whether so many tokens, in whole blocks of the kernel, are worth it."""
     return queries % _LANES == 0 == keys % _LANES and queries * keys >= _MANY_SCORES
+
+
+def largest_block(head_dim):
+    """Tokens that the kernel holds at a time, of queries as of keys: as many as the memory next to a v4's core takes.
+
+    The more, the less there is to add up of the gradients of q, which are written once for each block of keys.
+    """
+    return 1024 if head_dim <= _LANES else 512
 
 
 def by_splash(q, k, v, mesh, interpret=False):
@@ -78,7 +86,7 @@ def by_splash(q, k, v, mesh, interpret=False):
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
     def own_rows(q, k, v):
         (_, queries, heads, head_dim), keys = q.shape, k.shape[1]
-        of_queries, of_keys = math.gcd(queries, _BLOCK), math.gcd(keys, _BLOCK)
+        of_queries, of_keys = (math.gcd(tokens, largest_block(head_dim)) for tokens in (queries, keys))
         forward = {"block_q": of_queries, "block_kv": of_keys, "block_kv_compute": of_keys}
         backward = {"block_q_dkv": of_queries, "block_kv_dkv": of_keys, "block_kv_dkv_compute": of_keys}
         blocks = splash.BlockSizes(**forward, **backward, use_fused_bwd_kernel=True)
