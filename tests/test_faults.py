@@ -24,9 +24,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def pieces():
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    step_fn, *rest = prepared("teacher", mesh)
+def pieces(devices=1, accumulate=1):
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    step_fn, *rest = prepared("teacher", mesh, accumulate)
     return step_fn, (mesh, *rest)
 
 
@@ -161,15 +161,16 @@ def test_a_loss_that_explodes_is_given_up_with_the_last_good_state_kept(tmp_path
     assert goes_on(tmp_path, tmp_path_factory, 2)
 
 
-@pytest.mark.parametrize("poison", [1e6, np.nan])
-def test_an_update_whose_loss_is_an_explosion_is_skipped_and_counted(tmp_path, poison):
-    step_fn, rest = pieces()
+@pytest.mark.parametrize(("poison", "devices", "accumulate"), [(1e6, 1, 1), (np.nan, 1, 1), (np.nan, 2, 2)])
+def test_an_update_whose_loss_is_an_explosion_is_skipped_and_counted(tmp_path, poison, devices, accumulate):
+    step_fn, rest = pieces(devices, accumulate)
     states = []
 
     def poisoned(state, frozen, batch, *others):
         states.append(jax.device_get(state))
         factor = poison if int(state.step) == 4 else 1.0
-        return step_fn(state, frozen, {**batch, "x": batch["x"] * factor}, *others)
+        # One example, of one device and one part.
+        return step_fn(state, frozen, {**batch, "x": batch["x"].at[-1].multiply(factor)}, *others)
 
     fit(tmp_path, poisoned, rest)
     lines = metrics.read_metrics(tmp_path)

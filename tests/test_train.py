@@ -27,14 +27,15 @@ def params_of(w_conditioned):
     return jax.tree.map(lambda p: p + 0.05 * jnp.sin(jnp.arange(p.size, dtype=p.dtype).reshape(p.shape)), params)
 
 
-def prepared(name, mesh):
+def prepared(name, mesh, accumulate=1):
     stage = STAGES[name]
     params = jax.tree.map(jnp.copy, params_of(stage.model.w_conditioned))  # the step donates them
     state = sharding.place(mesh, make_state(params, stage.training.optimiser))
     frozen = {} if stage.teacher is None else {"teacher": params_of(stage.teacher.w_conditioned)}
     grid = diffusion.make_grid(EXPERIMENT.schedule, EXPERIMENT.stage2.teacher_steps)
     knobs = make_knobs(stage, grid)
-    step = train.make_train_step(stage.objective, stage.model, stage.teacher, stage.training.optimiser, mesh)
+    of = stage.objective, stage.model, stage.teacher, stage.training.optimiser
+    step = train.make_train_step(*of, mesh, accumulate)
     key = jax.random.key(0)
     return step, state, *(sharding.place(mesh, value) for value in (frozen, knobs, key))
 
