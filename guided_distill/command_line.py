@@ -112,14 +112,16 @@ def parse(argv):
 
 
 def _check_mode():
+    if DRY_RUN.value and MODE.value == "import":
+        raise UserError("--dry_run plans what a config trains; --mode=import has none, so leave one of them out")
     modes = {MODE.value, *(["plan"] if DRY_RUN.value else [])}
     for name in flags.FLAGS:
-        takers = _modes_of(flags.FLAGS[name].help or "")
+        takers = modes_of(flags.FLAGS[name].help or "")
         if flags.FLAGS[name].present and takers and not modes & set(takers):
             raise UserError(f"--{name} is for --mode={' and --mode='.join(takers)}; give that mode, or drop it")
 
 
-def _modes_of(text):
+def modes_of(text):
     """The modes that a flag's help begins with; [] where every mode takes it."""
     words = re.match(r"([a-z_]+(?:, [a-z_]+)*): ", text)
     return [word for word in words[1].split(", ") if word in _MODES] if words else []
@@ -138,9 +140,9 @@ def _one_line(error, argv):
         reason = reason.strip("\"'")
         about = [argument for argument in argv[1:] if f".{reason}" in argument.split("=")[0]]
         return f"{about[0] if about else reason}: no such key in the config"
-    named = [argument for argument in argv[1:] if argument.startswith("--config=")]
-    said = config_files.why_not(reason)
-    return reason if said == reason else f"{named[0] if named else '--config'}: {said}"
+    name = re.search(r"(?<= --config[= ])\S+", " ".join(argv))
+    said = config_files.why_not(name[0] if name else "", reason)
+    return reason if said == reason else f"--config={name[0]}: {said}"
 
 
 def integers(flag, words):

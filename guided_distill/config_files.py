@@ -43,12 +43,13 @@ def load(name):
     try:
         return module.get_config(*filter(None, [variant]))
     except (TypeError, ValueError) as error:
-        raise UserError(f"--config={name}: {why_not(error)}") from error
+        raise UserError(f"--config={name}: {why_not(name, error)}") from error
 
 
-def why_not(error):
-    """What get_config says of a variant that is not there: a config that has others names them itself."""
-    return "it comes in no variants; leave out the colon" if "get_config() takes" in str(error) else str(error)
+def why_not(name, error):
+    """What get_config said when called for `name`; a config that has other variants lists them itself."""
+    has_none = ":" in name and "get_config() takes 0" in str(error)
+    return f"it comes in no variants; leave out {name[name.index(':') :]}" if has_none else str(error)
 
 
 def _let_import_from(folder):

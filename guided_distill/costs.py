@@ -23,7 +23,7 @@ _CALLS = {
     "checkpoint": "jaxpr",
 }
 _LOOPS = {"scan": "jaxpr", "while": "body_jaxpr"}
-_KERNELS = {"flash_attention": 2, "flash_attention_gradient": 5}  # of models/attention.py, products of every two tokens
+_KERNELS = {"flash_attention": 2, "flash_attention_gradient": 5}  # products of two tokens (models/attention.py)
 _PRODUCTS = {"dot_general", "conv_general_dilated", *_KERNELS}
 _JOINS = {"concatenate", "dynamic_update_slice", "gather", "scatter", "scatter-add", "sort", "cumsum", "pad", "stack"}
 _VIEWS = {
@@ -85,7 +85,7 @@ def flops_of(name, params, shapes_in, shape_out):
         return 2 * math.prod(shape_out) * math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
     if name in _KERNELS:
         queries, keys = shapes_in[:2]
-        return _KERNELS[name] * 2 * math.prod(queries) * keys[1]
+        return _KERNELS[name] * 2 * math.prod(queries) * keys[-3]
     return 0
 
 
@@ -125,7 +125,7 @@ def _inline(jaxpr, env, avals, operations):
 
     for eqn in jaxpr.eqns:
         name, inputs = eqn.primitive.name, [read(atom) for atom in eqn.invars]
-        name = eqn.params["name"] if eqn.params.get("name") in _KERNELS else name
+        name = eqn.params.get("target_name", name)  # of a kernel
         inner = eqn.params["branches"][-1] if name == "cond" else eqn.params.get(_CALLS.get(name, ""))
         if inner is None:
             outputs = [_new(avals, var.aval) for var in eqn.outvars]

@@ -124,8 +124,9 @@ def _make_look(student, teacher, series, substeps, within, mesh):
         at_t = points.at(0)
         cond = {**draws.split_batch(batch)[1], "w": jnp.full(size, w)}
         z = diffusion.diffuse(x, eps, at_t.alpha, at_t.sigma)
-        x_tilde = stage2.target(teacher.denoiser(sharding.gathered(mesh, teacher_params)), z, cond, index, points)
-        x_hat = student.denoiser(sharding.gathered(mesh, params))(z, at_t.logsnr, cond).x
+        with sharding.visible(mesh):
+            x_tilde = stage2.target(teacher.denoiser(sharding.gathered(mesh, teacher_params)), z, cond, index, points)
+            x_hat = student.denoiser(sharding.gathered(mesh, params))(z, at_t.logsnr, cond).x
         sampled = x_hat if within is None else jnp.clip(x_hat, -within, within)
         values = {
             "gap": diffusion.mean_square(sampled - x_tilde).mean(),
@@ -162,7 +163,8 @@ def _make_first_prediction(student, mesh):
         cond = {**cond, "w": jnp.full(_EXAMPLES, w)}
         z = samplers.initial_noise(keys, student.sample_shape, student.schedule.prior_std)
         denoiser = student.denoiser(sharding.gathered(mesh, params))
-        return samplers.predict(denoiser, z, grid.at(grid.num_intervals), cond).x
+        with sharding.visible(mesh):
+            return samplers.predict(denoiser, z, grid.at(grid.num_intervals), cond).x
 
     options = compilation.compiler_options(mesh)
     return jax.jit(predict, out_shardings=sharding.replicated(mesh), compiler_options=options)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from latent_run import drawn_like
 from tiny import tiny_config
 
@@ -20,6 +21,7 @@ from guided_distill import costs, diffusion, generate, sharding
 from guided_distill.experiment import from_config
 from guided_distill.models import attention
 from guided_distill.models.attention import Attention, implementation
+from guided_distill.models.remat import POLICIES
 from guided_distill.plan import ahead
 from guided_distill.stages import make_stages
 from guided_distill.teachers import shapes_of
@@ -59,6 +61,11 @@ def test_flash_attention_is_asked_for_only_where_every_device_of_the_kind_has_it
 def test_the_kernel_is_for_long_sequences_in_whole_blocks():
     assert attention.are_many(4096, 4096) and attention.are_many(9216, 9216)
     assert not any(attention.are_many(*tokens) for tokens in ((1024, 1024), (4096, 77), (4100, 4100)))
+
+
+@pytest.mark.parametrize(("tokens", "head_dim", "block"), [(4096, 40, 1024), (4096, 160, 512), (4480, 40, 896)])
+def test_blocks_are_equal_and_as_large_as_fits(tokens, head_dim, block):
+    assert attention.block(tokens, head_dim) == block
 
 
 def draw(seed, *shape):
@@ -128,12 +135,23 @@ def test_networks_that_are_trained_and_sampled_know_their_mesh(seen):
 def test_what_the_kernel_is_not_for_is_left_to_xla(seen):
     mesh, q = sharding.make_mesh(jax.devices()[:4]), draw(0, 4, 8, 1, 8)
     attention.attend(q, q, q)  # no mesh is known
+    rows = PartitionSpec("data")
+    jax.shard_map(attention.attend, mesh=mesh, in_specs=rows, out_specs=rows)(q, q, q)  # it is split already
     with sharding.visible(mesh):
         attention.attend(q[:3], q[:3], q[:3])
         attention.attend(q, q, q, causal=True)
-        assert not seen
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((4,), ("data",))):  # nobody says of what
+        attention.attend(q, q, q)
+    assert not seen
+    with sharding.visible(mesh):
         attention.attend(q, q, q)
     assert len(seen) == 1
+
+
+def test_a_gpu_that_is_not_here_is_not_asked_for_its_kernel(monkeypatch):
+    monkeypatch.setattr(attention, "implementation", lambda *_: "cudnn")
+    q = draw(0, 2, 8, 1, 8)
+    np.testing.assert_allclose(attention.attend(q, q, q), jax.nn.dot_product_attention(q, q, q), rtol=1e-5)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "gpu", "cpu"])
@@ -150,38 +168,70 @@ def test_a_plan_counts_the_products_of_the_kernel_and_no_scores_of_it(platform):
     if platform == "cpu":
         assert both.flops == (2 + 4) * product and both.peak > 2 * scores
     else:  # the scores are made again for the gradients
-        assert both.flops == (2 + 5) * product and both.peak < scores / 8 and both.moved < scores / 4
+        assert both.flops == (2 + 5) * product and both.peak < scores / 2 and both.moved < scores
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_a_plan_of_what_is_rematerialised_counts_the_kernel_again(platform):
+    q, product = jax.ShapeDtypeStruct((2, 4096, 4, 16), jnp.bfloat16), 2 * (2 * 4 * 4096 * 4096 * 16)
+
+    def counted(keep):
+        def loss(q, k, v):
+            h = jax.checkpoint(lambda *given: jnp.sin(attention.attend(*given)), policy=keep)(q, k, v)
+            return (h.astype(jnp.float32) ** 2).sum()
+
+        with sharding.imagined(platform):
+            return costs.cost_of(jax.grad(loss, (0, 1, 2)), q, q, q).flops
+
+    assert [counted(keep) for keep in POLICIES.values()] == [(2 + 2 + 5) * product] * len(POLICIES)
+
+
+def test_a_plan_counts_the_members_of_an_ensemble():
+    q = jax.ShapeDtypeStruct((3, 2, 4096, 4, 16), jnp.bfloat16)
+    with sharding.imagined("tpu"):
+        cost = costs.cost_of(jax.vmap(attention.attend), q, q, q)
+    assert cost.flops == 3 * 2 * (2 * (2 * 4 * 4096 * 4096 * 16))
 
 
 COMPILED = """
 import jax, jax.numpy as jnp
-from guided_distill import sharding
+from guided_distill import costs, sharding
 from guided_distill.chips import parse_topology
 from guided_distill.models.attention import attend
 from guided_distill.plan import ahead
 
-for topology in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
-    mesh = sharding.make_mesh(ahead.devices_of(parse_topology(topology)))
-    for tokens, head_dim in ((4096, 40), (9216, 64), (4096, 160), (4096, 512)):
-        q = jax.ShapeDtypeStruct((8, tokens, 8, head_dim), jnp.bfloat16, sharding=sharding.batched(mesh))
+def gradients(context, q):
+    def loss(q, k, v):
+        with context():
+            return (attend(q, k, v).astype(jnp.float32) ** 2).sum()
 
-        def loss(q, k, v):
-            with sharding.visible(mesh):
-                return (attend(q, k, v).astype(jnp.float32) ** 2).sum()
+    return jax.grad(loss, (0, 1, 2))
 
-        found = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, q, q).compile()
-        scores = 2 * 8 * tokens**2 * 4  # bytes, of the two images of a chip
-        print(found.as_text().count("tpu_custom_call"), found.memory_analysis().temp_size_in_bytes / scores)
+for topology in map(parse_topology, ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")):
+    mesh = sharding.make_mesh(ahead.devices_of(topology))
+    for tokens, head_dim in ((4096, 40), (4480, 40), (9216, 64), (4096, 512)):
+        whole, own = ((images, tokens, 8, head_dim) for images in (32, 8))  # fewer lie in on-chip memory
+        q = jax.ShapeDtypeStruct(whole, jnp.bfloat16, sharding=sharding.batched(mesh))
+        found = jax.jit(gradients(lambda: sharding.visible(mesh), q)).lower(q, q, q).compile()
+        q = jax.ShapeDtypeStruct(own, jnp.bfloat16)
+        plan = costs.cost_of(gradients(lambda: sharding.imagined("tpu"), q), q, q, q, bytes_of=topology.bytes_of)
+        temporaries = found.memory_analysis().temp_size_in_bytes
+        scores = 8 * 8 * tokens**2 * 4
+        kernels = found.as_text().count("tpu_custom_call")
+        print(topology, tokens, head_dim, kernels, temporaries / scores, (plan.peak - plan.results) / temporaries)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not LIBTPU.exists(), reason="compiles for a TPU: make .venv/extras")
-def test_the_kernel_is_compiled_for_every_kind_of_tpu_and_keeps_no_scores():
+def test_the_kernel_is_compiled_for_every_kind_of_tpu_and_takes_what_plans_say():
     flags = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
     environment = os.environ | flags | {"TPU_WORKER_HOSTNAMES": "localhost", "PYTHONPATH": f"{LIBTPU}:{REPO}"}
     done = subprocess.run([sys.executable, "-c", COMPILED], cwd=REPO, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = [line.split() for line in done.stdout.splitlines()]
-    assert len(found) == 16 and all(int(kernels) == 2 for kernels, _ in found)  # forwards and backwards
-    assert max(float(taken) for _, taken in found) < 0.9, done.stdout
+    assert len(found) == 16
+    for _, _, head_dim, kernels, of_scores, planned in found:
+        assert int(kernels) == 2, done.stdout  # forwards and backwards
+        assert float(of_scores) < (0.2 if int(head_dim) <= 128 else 0.9), done.stdout
+        assert 0.8 < float(planned) < 1.25, done.stdout

@@ -57,7 +57,8 @@ def test_a_config_is_loaded_by_its_name_or_file_as_the_variant_that_is_named(els
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("cifar10_small:tpu", "the sizes are gpu, cores"), ("digits:x", "it comes in no variants")]
+    ("name", "says"),
+    [("cifar10_small:tpu", "the sizes are gpu, cores"), ("digits:x", "it comes in no variants; leave out :x")],
 )
 def test_a_variant_that_a_config_does_not_have_gets_one_line(elsewhere, name, says):
     with pytest.raises(UserError, match=f"^--config={name}: .*{says}.*$"):

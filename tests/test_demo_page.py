@@ -125,10 +125,25 @@ def test_a_move_whose_answer_is_lost_is_answered_all_the_same(page):
     assert page.execute_script("return window.lost") == 2
 
 
+def open_tab(page, name):
+    (button,) = [b for b in page.find_elements(By.CSS_SELECTOR, "button[role=tab]") if b.text == name]
+    button.click()
+
+
+def test_what_is_refused_is_not_asked_for_again(page):
+    open_tab(page, "From a picture")
+    wait_for(lambda: page.find_element(By.ID, "edit_go").is_displayed())
+    press(page, "#edit_go")  # without a picture
+    wait_for(lambda: page.find_elements(By.CSS_SELECTOR, "#status .error"))
+    asked = "return performance.getEntriesByType('resource').filter(e => e.name.includes('queue/join')).length"
+    before = page.execute_script(asked)
+    time.sleep(10)  # three looks
+    assert page.execute_script(asked) == before
+
+
 def test_pictures_are_made_of_a_picture_and_filled_in(page):
     for tab, kind in (("From a picture", "edit"), ("Fill in", "fill")):
-        (button,) = [b for b in page.find_elements(By.CSS_SELECTOR, "button[role=tab]") if b.text == tab]
-        button.click()
+        open_tab(page, tab)
         wait_for(lambda k=kind: page.find_element(By.ID, f"{k}_take").is_displayed())
         press(page, f"#{kind}_take")
         there = "#picture img" if kind == "edit" else "#painted canvas"

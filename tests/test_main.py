@@ -146,7 +146,9 @@ def test_dry_run_lists_the_stages_and_writes_nothing(tmp_path):
         (["--config=configs/digits.py", "--mode=dance"], "dance"),
         (["--config=configs/digits.py", "--nosuchflag=1"], "nosuchflag"),
         (["--config=configs/digits.py", "extra"], "extra"),
-        (["--config=digits:large"], "--config=digits:large: it comes in no variants; leave out the colon"),
+        (["--config=digits:large"], "--config=digits:large: it comes in no variants; leave out :large"),
+        (["--config", "digits:large"], "--config=digits:large: it comes in no variants; leave out :large"),
+        (["--mode=import", "--network=sd1", "--dry_run"], "--dry_run plans what a config trains"),
         (["--config=cifar10_small:large"], "the sizes are gpu, cores"),
         (["--config=configs/digits.py", "--num_steps=2"], "--num_steps is for --mode=sample; give that mode"),
         (["--config=digits", "--mode=sample", "--target=x"], "--target is for --mode=transfer;"),
@@ -209,3 +211,27 @@ def test_a_second_start_finds_its_programs_compiled(tmp_path):
         missed.append(done.stderr.count("seconds to compile") - done.stderr.count("because it took <"))
     assert missed[0] > 0 == missed[1]
     assert len(list((tmp_path / "guided_distill" / "programs").iterdir())) >= missed[0]
+
+
+def test_each_flag_is_of_the_modes_that_its_help_begins_with():
+    from absl import flags
+
+    from guided_distill import command_line
+
+    found = {}
+    for flag in flags.FLAGS.flags_by_module_dict()["guided_distill.command_line"]:
+        found.setdefault(", ".join(command_line.modes_of(flag.help)), set()).add(flag.name)
+    of_sample = "num_steps series labels caption image start mask to_seed to_w num seed"
+    assert found == {
+        "": {"config", "workdir", "mode", "dry_run", "coordinator", "num_processes", "process_id"},
+        "plan": {"topology", "compile"},
+        "run": {"profile"},
+        "sample": set(of_sample.split()),
+        "sample, transfer": {"w"},
+        "transfer": {"target"},
+        "evaluate": {"samples"},
+        "import": {"network", "unet"},
+        "import, encode": {"source"},
+        "sample, export, import": {"out"},
+        "export": {"formats", "stages", "with_teacher", "licence"},
+    }

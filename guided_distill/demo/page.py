@@ -32,7 +32,8 @@ _AWAIT_ANSWER = """() => {
   let looks = 2;  // one may fall between two drawings
   const look = () => {
     const status = document.querySelector('#status');
-    const waits = !status.querySelector('[data-testid=status-tracker]').classList.contains('hide');
+    const tracker = status.querySelector('[data-testid=status-tracker]:not(.hide)');
+    const waits = tracker && !tracker.querySelector('.error');  // which stays there
     if (waits && !/queue: [0-9]/.test(status.innerText)) document.querySelector('#ask_again').click();
     looks = waits ? 2 : looks - 1;
     if (!looks) clearInterval(window.askAgain);

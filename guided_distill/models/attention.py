@@ -1,7 +1,6 @@
 """Multi-head attention: cuDNN's on GPUs and JAX's splash kernel on TPUs where they are known to do, else XLA's own."""
 
 import functools
-import math
 
 import flax.linen as nn
 import jax
@@ -43,15 +42,19 @@ class Attention(nn.Module):
 
 def attend(q, k, v, *, causal=False):
     """softmax(q k^T / sqrt(d)) v for q [B, T, heads, d], k and v [B, L, heads, d]."""
-    mesh = jax.sharding.get_abstract_mesh()  # that of `sharding.visible`
-    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
-    how = implementation(q.dtype, q.shape[-1], platform)
-    if how == "splash" and (causal or mesh.empty or q.shape[0] % mesh.size or not are_many(q.shape[1], k.shape[1])):
+    mesh = jax.sharding.get_abstract_mesh()  # that of `sharding.visible`, or of whoever has split the work by hand
+    device = mesh.abstract_device if mesh.are_all_axes_auto else None
+    how = implementation(q.dtype, q.shape[-1], device.platform if device else jax.default_backend())
+    if how == "splash" and not (
+        device and not causal and q.shape[0] % mesh.size == 0 and are_many(q.shape[1], k.shape[1])
+    ):
         how = None
-    if how and not mesh.empty and mesh.abstract_device.device_kind == IMAGINED:
-        return _counted(q, k, v)
+    if how and device and device.device_kind == IMAGINED:
+        return _counted(how, q, k, v)
     if how == "splash":
         return by_splash(q, k, v, mesh)
+    if how == "cudnn" and jax.default_backend() != "gpu":  # it asks the GPU that is here
+        how = None
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=how)
 
 
@@ -69,12 +72,13 @@ def are_many(queries, keys):
     return queries % _LANES == 0 == keys % _LANES and queries * keys >= _MANY_SCORES
 
 
-def largest_block(head_dim):
-    """Tokens that the kernel holds at a time, of queries as of keys: as many as the memory next to a v4's core takes.
+def block(tokens, head_dim):
+    """Tokens that the kernel holds at a time: as many as the memory next to the core of a v4 takes, in equal blocks.
 
     The more, the less there is to add up of the gradients of q, which are written once for each block of keys.
     """
-    return 1024 if head_dim <= _LANES else 512
+    most = 1024 if head_dim <= _LANES else 512
+    return max(size for size in range(_LANES, most + 1, _LANES) if tokens % size == 0)
 
 
 def by_splash(q, k, v, mesh, interpret=False):
@@ -86,7 +90,7 @@ def by_splash(q, k, v, mesh, interpret=False):
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
     def own_rows(q, k, v):
         (_, queries, heads, head_dim), keys = q.shape, k.shape[1]
-        of_queries, of_keys = (math.gcd(tokens, largest_block(head_dim)) for tokens in (queries, keys))
+        of_queries, of_keys = block(queries, head_dim), block(keys, head_dim)
         forward = {"block_q": of_queries, "block_kv": of_keys, "block_kv_compute": of_keys}
         backward = {"block_q_dkv": of_queries, "block_kv_dkv": of_keys, "block_kv_dkv_compute": of_keys}
         blocks = splash.BlockSizes(**forward, **backward, use_fused_bwd_kernel=True)
@@ -98,31 +102,35 @@ def by_splash(q, k, v, mesh, interpret=False):
     return own_rows(q, k, v)
 
 
-# What `costs` counts in the place of a kernel, by these names: what such kernels read, write and keep, but no scores.
+# What `costs` counts in the place of a kernel: what it reads, writes and keeps. No such program is ever run.
+
+FLASH, FLASH_GRADIENT = "flash_attention", "flash_attention_gradient"
 
 
-@jax.custom_vjp
-def _counted(q, k, v):
-    return flash_attention(q, k, v)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _counted(how, q, k, v):
+    return _counted_forward(how, q, k, v)[0]
 
 
-@jax.jit
-def flash_attention(q, k, v):
-    """(the attention, float32 [B, T, heads] in place of each query's sum of exponentials)."""
-    h = jax.nn.dot_product_attention(q, k, v)
-    return h, h.astype(jnp.float32).sum(-1)
-
-
-@jax.jit
-def flash_attention_gradient(q, k, v, h, sums, g):
-    """The gradients of q, k and v for that of h, of which the scores are made again."""
-    gradients = jax.vjp(jax.nn.dot_product_attention, q, k, v)[1](g)
-    return gradients[0] + h * sums[..., None].astype(h.dtype), *gradients[1:]
-
-
-def _counted_forward(q, k, v):
-    h, sums = flash_attention(q, k, v)
+def _counted_forward(how, q, k, v):
+    sums = jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)  # of each query's exponentials
+    h, sums, *_ = jax.ffi.ffi_call(FLASH, [q, sums, *_laid_out(how, q, k, v, q)], vmap_method="broadcast_all")(q, k, v)
     return h, (q, k, v, h, sums)
 
 
-_counted.defvjp(_counted_forward, lambda kept, g: flash_attention_gradient(*kept, g))
+def _counted_backward(how, kept, g):
+    q, k, v, *_ = kept
+    copies = k.shape[1] // block(k.shape[1], q.shape[-1]) if how == "splash" else 0  # of the gradient of q
+    results = [q, k, v, *_laid_out(how, q, k, v, g, *[q] * copies)]
+    return tuple(jax.ffi.ffi_call(FLASH_GRADIENT, results, vmap_method="broadcast_all")(*kept, g)[:3])
+
+
+def _laid_out(how, *arrays):
+    """Shapes of arrays as the splash kernel takes them, channels in whole lanes."""
+    if how != "splash":
+        return []
+    padded = [(b, heads, tokens, -(-d // _LANES) * _LANES) for b, tokens, heads, d in (h.shape for h in arrays)]
+    return [jax.ShapeDtypeStruct(shape, arrays[0].dtype) for shape in padded]
+
+
+_counted.defvjp(_counted_forward, _counted_backward)
