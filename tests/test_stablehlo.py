@@ -15,6 +15,7 @@ from students import experiments, make_student
 from guided_distill import samplers
 from guided_distill.errors import UserError
 from guided_distill.export import stablehlo, verify
+from guided_distill.models import attention
 
 WHAT = [
     pytest.param("unet", "det", marks=pytest.mark.slow),
@@ -57,6 +58,18 @@ def test_the_functions_do_what_the_student_does(kind, series, tmp_path):
         prediction = denoiser(given["noise"], logsnr, cond)
         np.testing.assert_allclose(outputs["x"], prediction.x, atol=1e-5)
         np.testing.assert_allclose(outputs["eps"], prediction.eps, atol=1e-5)
+
+
+def test_kernels_of_the_gpu_that_is_here_do_not_get_into_the_program(tmp_path, monkeypatch):
+    student, grid, _ = make_student(experiments()["dit"], "det")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention, "implementation", lambda *what: "cudnn" if what[-1] == "gpu" else None)
+    with pytest.raises(RuntimeError, match="cuDNN"):  # which it would be made of
+        given, _ = inputs(student, 2)
+        student.model.denoiser(student.model.params)(
+            given["noise"], given["w"], {key: given[key] for key in ("label", "w")}
+        )
+    stablehlo.write(tmp_path, [student], grid)
 
 
 def test_a_student_of_any_number_of_steps_is_refused():

@@ -8,7 +8,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 
-from guided_distill import samplers
+from guided_distill import samplers, sharding
 from guided_distill.errors import UserError
 from guided_distill.files import write_json, write_whole
 
@@ -39,7 +39,8 @@ def write(directory, students, grid):
             ("denoiser", denoiser(student), denoiser_inputs(student)),
         ):
             name = f"{student.name}_{kind}"
-            exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(**inputs)
+            with sharding.imagined("cpu"):  # else a GPU that is here puts its kernels into it
+                exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(**inputs)
             write_whole(folder / f"{name}.stablehlo", bytes(exported.serialize()))
             outputs = jax.tree.unflatten(exported.out_tree, exported.out_avals)
             about = describe(student, kind, inputs, outputs, host_grid)
