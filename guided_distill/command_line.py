@@ -140,9 +140,19 @@ def _one_line(error, argv):
         reason = reason.strip("\"'")
         about = [argument for argument in argv[1:] if f".{reason}" in argument.split("=")[0]]
         return f"{about[0] if about else reason}: no such key in the config"
-    name = re.search(r"(?<= --config[= ])\S+", " ".join(argv))
-    said = config_files.why_not(name[0] if name else "", reason)
-    return reason if said == reason else f"--config={name[0]}: {said}"
+    reason = re.sub(r"^\w+Error: ", "", reason)
+    name = _named_config(argv)
+    said = config_files.why_not(name, reason)
+    return reason if said == reason else f"--config={name}: {said}"
+
+
+def _named_config(argv):
+    """What the last --config names, "" where there is none."""
+    named = [re.fullmatch(r"--?config(?:=(.*))?", argument) for argument in argv]
+    last = max((k for k, match in enumerate(named) if match), default=None)
+    if last is None:
+        return ""
+    return named[last][1] if named[last][1] is not None else "".join(argv[last + 1 : last + 2])
 
 
 def integers(flag, words):

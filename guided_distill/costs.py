@@ -24,8 +24,11 @@ _CALLS = {
 }
 _LOOPS = {"scan": "jaxpr", "while": "body_jaxpr"}
 _KERNELS = {"flash_attention": 2, "flash_attention_gradient": 5}  # products of two tokens (models/attention.py)
-_PRODUCTS = {"dot_general", "conv_general_dilated", *_KERNELS}
-_JOINS = {"concatenate", "dynamic_update_slice", "gather", "scatter", "scatter-add", "sort", "cumsum", "pad", "stack"}
+_PRODUCTS = {"dot_general", "conv_general_dilated"}
+_JOINS = {
+    "concatenate", "cumsum", "dynamic_update_slice", "gather", "pad", "scatter", "scatter-add", "sort", "stack",
+    *_KERNELS,
+}  # fmt: skip
 _VIEWS = {
     "broadcast_in_dim", "convert_element_type", "copy", "expand_dims", "neg", "optimization_barrier", "reshape", "rev",
     "slice", "split", "squeeze", "stop_gradient", "transpose",

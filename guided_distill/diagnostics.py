@@ -145,23 +145,27 @@ def _smoothness(run, stage, params):
     low, high = stage.w_range
     if low == high:
         return 0.0
-    predict = _make_first_prediction(stage.model, run.mesh)
-    keys = samplers.image_keys(0, jnp.arange(_EXAMPLES))
+    num = _examples(run)
+    predict = _make_first_prediction(stage.model, num, run.mesh)
+    keys = samplers.image_keys(0, jnp.arange(num))
     label = np.asarray(samplers.random_labels(keys, stage.model.num_labels(run.conditions)))
-    cond = sharding.replicate(run.mesh, cond_of(label, run.conditions))
-    x = np.stack([predict(params, run.grid, cond, jnp.float32(w)) for w in np.linspace(low, high, _STRENGTHS)])
+    cond = sharding.spread(run.mesh, cond_of(label, run.conditions))
+    strengths = np.linspace(low, high, _STRENGTHS)
+    x = np.stack([predict(params, run.grid, cond, jnp.float32(w))[:_EXAMPLES] for w in strengths])
     first = np.diff(x, axis=0)
     return float(np.sqrt(np.mean(np.diff(first, axis=0) ** 2) / max(np.mean(first**2), 1e-12)))
 
 
 @functools.cache
-def _make_first_prediction(student, mesh):
-    """(params, grid, cond without w, w) -> x_hat at t = 1 of a few images, jitted."""
+def _make_first_prediction(student, num, mesh):
+    """(params, grid, cond [num] without w, w) -> x_hat at t = 1 of that many images, jitted."""
 
     def predict(params, grid, cond, w):
-        keys = samplers.image_keys(0, jnp.arange(_EXAMPLES))
-        cond = {**cond, "w": jnp.full(_EXAMPLES, w)}
-        z = samplers.initial_noise(keys, student.sample_shape, student.schedule.prior_std)
+        cond = {**cond, "w": jnp.full(num, w)}
+        z = samplers.initial_noise(
+            samplers.image_keys(0, jnp.arange(num)), student.sample_shape, student.schedule.prior_std
+        )
+        z = jax.lax.with_sharding_constraint(z, sharding.batched(mesh))
         denoiser = student.denoiser(sharding.gathered(mesh, params))
         with sharding.visible(mesh):
             return samplers.predict(denoiser, z, grid.at(grid.num_intervals), cond).x

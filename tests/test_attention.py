@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from latent_run import drawn_like
 from tiny import tiny_config
 
-from guided_distill import costs, diffusion, generate, sharding
+from guided_distill import costs, diagnostics, diffusion, generate, sharding
 from guided_distill.experiment import from_config
 from guided_distill.models import attention
 from guided_distill.models.attention import Attention, implementation
@@ -124,9 +124,24 @@ def test_networks_that_are_trained_and_sampled_know_their_mesh(seen):
         of = shapes_of(stages[-1].init), diffusion.make_grid(experiment.schedule, 4), keys, model.cond_shapes(size)
         generate.compiled_edit(model, mesh).trace(*of, 4, picture, picture, 2)
 
+    def look():
+        params, teacher, grid = (
+            *map(shapes_of, (stages[1].init, stages[0].init)),
+            diffusion.make_grid(experiment.schedule, 4),
+        )
+        cond = model.cond_shapes(size)
+        batch = {"x": jax.ShapeDtypeStruct((size, *model.sample_shape), jnp.float32), "label": cond["label"]}
+        make = diagnostics._make_look
+        make(model, stages[1].teacher, "det", 1, None, mesh).trace(params, teacher, batch, grid, 4, 2, 1.0)
+
+    def first_prediction():
+        cond = {"label": model.cond_shapes(size)["label"]}
+        of = shapes_of(stages[1].init), diffusion.make_grid(experiment.schedule, 4), cond, 1.0
+        diagnostics._make_first_prediction(model, size, mesh).trace(*of)
+
     programs = dict(ahead.programs(experiment, stages, mesh))
     assert len(programs) == 4  # the steps and the samplers of both
-    for trace in [*programs.values(), edit]:
+    for trace in [*programs.values(), edit, look, first_prediction]:
         seen.clear()
         trace()
         assert seen and all(shape == {"data": 2, "fsdp": 2} for shape in seen)
