@@ -21,7 +21,12 @@ class _ConfigParser(config_flags.config_flags.ConfigFileFlagParser):
     """Loads a config file from where `config_files` finds it."""
 
     def parse(self, path):
-        return super().parse(config_files.find(path))
+        try:
+            return super().parse(config_files.find(path))
+        except (TypeError, ValueError) as error:  # its last line is what get_config raised
+            reason = re.sub(r"^\w+Error: ", "", str(error).strip().splitlines()[-1])
+            said = config_files.why_not(path, reason)
+            raise UserError(reason if said == reason else f"--config={path}: {said}") from error
 
 
 flags.FLAGS["config"].parser = _ConfigParser("config")
@@ -140,19 +145,7 @@ def _one_line(error, argv):
         reason = reason.strip("\"'")
         about = [argument for argument in argv[1:] if f".{reason}" in argument.split("=")[0]]
         return f"{about[0] if about else reason}: no such key in the config"
-    reason = re.sub(r"^\w+Error: ", "", reason)
-    name = _named_config(argv)
-    said = config_files.why_not(name, reason)
-    return reason if said == reason else f"--config={name}: {said}"
-
-
-def _named_config(argv):
-    """What the last --config names, "" where there is none."""
-    named = [re.fullmatch(r"--?config(?:=(.*))?", argument) for argument in argv]
-    last = max((k for k, match in enumerate(named) if match), default=None)
-    if last is None:
-        return ""
-    return named[last][1] if named[last][1] is not None else "".join(argv[last + 1 : last + 2])
+    return reason
 
 
 def integers(flag, words):

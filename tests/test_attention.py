@@ -116,28 +116,23 @@ def test_networks_that_are_trained_and_sampled_know_their_mesh(seen):
     experiment = from_config(tiny_config(**{"model.attention_resolutions": (8,), "model.channels": 12}))
     mesh = sharding.make_mesh(jax.devices()[:4], fsdp=2)
     stages = make_stages(experiment)[:2]
-    model, size = stages[-1].model, 8
+    (teacher, student), size = map(shapes_of, (stage.init for stage in stages)), 8
+    model, grid = stages[1].model, diffusion.make_grid(experiment.schedule, 4)
+    cond = model.cond_shapes(size)
+    label = {"label": cond["label"]}
 
     def edit():
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
         picture = jax.ShapeDtypeStruct(model.sample_shape, jnp.float32)
-        of = shapes_of(stages[-1].init), diffusion.make_grid(experiment.schedule, 4), keys, model.cond_shapes(size)
-        generate.compiled_edit(model, mesh).trace(*of, 4, picture, picture, 2)
+        generate.compiled_edit(model, mesh).trace(student, grid, keys, cond, 4, picture, picture, 2)
 
     def look():
-        params, teacher, grid = (
-            *map(shapes_of, (stages[1].init, stages[0].init)),
-            diffusion.make_grid(experiment.schedule, 4),
-        )
-        cond = model.cond_shapes(size)
-        batch = {"x": jax.ShapeDtypeStruct((size, *model.sample_shape), jnp.float32), "label": cond["label"]}
-        make = diagnostics._make_look
-        make(model, stages[1].teacher, "det", 1, None, mesh).trace(params, teacher, batch, grid, 4, 2, 1.0)
+        batch = label | {"x": jax.ShapeDtypeStruct((size, *model.sample_shape), jnp.float32)}
+        of_mesh = diagnostics._make_look(model, stages[1].teacher, "det", 1, None, mesh)
+        of_mesh.trace(student, teacher, batch, grid, 4, 2, 1.0)
 
     def first_prediction():
-        cond = {"label": model.cond_shapes(size)["label"]}
-        of = shapes_of(stages[1].init), diffusion.make_grid(experiment.schedule, 4), cond, 1.0
-        diagnostics._make_first_prediction(model, size, mesh).trace(*of)
+        diagnostics._make_first_prediction(model, size, mesh).trace(student, grid, label, 1.0)
 
     programs = dict(ahead.programs(experiment, stages, mesh))
     assert len(programs) == 4  # the steps and the samplers of both
